@@ -1,0 +1,43 @@
+"""reftune: representation finetuning (ReFT) of language models, as a PEFT method.
+
+Importing this package registers the method with PEFT.
+"""
+
+from reftune.config import ReftConfig
+from reftune.errors import (
+    AdapterMismatchError,
+    DataError,
+    LayersNotFoundError,
+    MergeError,
+    PositionError,
+    ReftConfigError,
+    ReftuneError,
+    RunError,
+)
+from reftune.interventions import METHODS, Intervention
+from reftune.positions import Positions
+from reftune.spans import options
+from reftune.tuner import ReftModel, reft_layers, set_strength, set_subspaces
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "AdapterMismatchError",
+    "DataError",
+    "Intervention",
+    "LayersNotFoundError",
+    "MergeError",
+    "PositionError",
+    "Positions",
+    "ReftConfig",
+    "ReftConfigError",
+    "ReftModel",
+    "ReftuneError",
+    "RunError",
+    "__version__",
+    "options",
+    "reft_layers",
+    "set_strength",
+    "set_subspaces",
+]

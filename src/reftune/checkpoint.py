@@ -1,0 +1,109 @@
+"""Does a checkpoint fit its config and the model? Asked before the model is touched.
+
+PEFT loads what matches and reports the rest; a ReFT with a missing tensor computes another
+function, so here it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from reftune.config import ReftConfig
+from reftune.errors import AdapterMismatchError
+from reftune.layer import ReftLayer
+
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_MARK = ".reft.reft_phi."
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_before_injection(config: ReftConfig, targets: Mapping[str, int]) -> None:
+    """Check the weights beside a config that was loaded from a directory; nothing otherwise.
+
+    Raises AdapterMismatchError. Only the header of the file is read.
+    """
+    path = config.checkpoint
+    if path is None or not (path / WEIGHTS).is_file():
+        return
+    expected: dict[str, tuple[int, ...]] = {}
+    for width in set(targets.values()):
+        shapes = {k: tuple(p.shape) for k, p in config.build(width).named_parameters()}
+        for name in (n for n, w in targets.items() if w == width):
+            expected |= {f"{name}{_MARK}{k}": shape for k, shape in shapes.items()}
+    found = read_shapes(path / WEIGHTS)
+    own = {k: shape for k, shape in found.items() if _MARK in k}
+    _compare(expected, own, str(path / WEIGHTS))
+
+
+def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Check a state dict with the model's key names. Raises AdapterMismatchError."""
+    expected = {
+        f"{layer_name}.reft_phi.{adapter_name}.{k}": tuple(p.shape)
+        for layer_name, layer in model.named_modules()
+        if isinstance(layer, ReftLayer) and adapter_name in layer.reft_phi
+        for k, p in layer.reft_phi[adapter_name].named_parameters()
+    }
+    found = {k: tuple(t.shape) for k, t in state_dict.items() if _MARK in k}
+    _compare(_without_prefix(expected), _without_prefix(found), f"adapter {adapter_name!r}")
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in a safetensors file, without PEFT's key prefix.
+
+    Raises AdapterMismatchError where the file is no safetensors or is truncated.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterMismatchError(
+            f"{path} cannot be read as safetensors ({error}). It may be truncated: copy or "
+            "download it again."
+        ) from error
+    return _without_prefix(shapes)
+
+
+def _without_prefix(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    return {key.removeprefix(_PREFIX): shape for key, shape in shapes.items()}
+
+
+def _compare(expected: Shapes, found: Shapes, what: str) -> None:
+    problems = [
+        f"missing {_some(sorted(set(expected) - set(found)))}"
+        if set(expected) - set(found)
+        else "",
+        f"too many {_some(sorted(set(found) - set(expected)))}"
+        if set(found) - set(expected)
+        else "",
+    ]
+    for key in sorted(set(expected) & set(found)):
+        if expected[key] != found[key]:
+            problems.append(
+                f"{key} has shape {found[key]}, this model and config need {expected[key]}"
+                + _width_hint(expected[key], found[key])
+            )
+            break
+    problems = [p for p in problems if p]
+    if problems:
+        raise AdapterMismatchError(
+            f"{what} does not fit: {'; '.join(problems)}. The model was not changed. Load the "
+            "adapter on the base model it was trained for, with the adapter_config.json it was "
+            "saved with."
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"tensors {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _width_hint(expected: tuple[int, ...], found: tuple[int, ...]) -> str:
+    if len(expected) == len(found) and expected[:-1] == found[:-1]:
+        return f": it was trained on a model of width {found[-1]}, this one has {expected[-1]}"
+    return ""

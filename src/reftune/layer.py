@@ -1,0 +1,248 @@
+"""One edited layer: the adapters' interventions at it, and the hook that applies them.
+
+A `ReftLayer` is a child of the layer it edits, named `reft`, and the layer gets a forward hook.
+Nothing is wrapped or renamed: the base model's parameter names, attributes and classes stay as they
+are, other adapters find their targets, and whatever looks at hidden states sees the edited ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from reftune.config import ReftConfig
+from reftune.errors import MergeError, PositionError, ReftConfigError, ReftuneError
+from reftune.interventions import (
+    SUBSPACE_MASK,
+    Intervention,
+    apply_grouped,
+    no_autocast,
+    retract,
+)
+from reftune.spans import SlotKey, Span, current_span
+
+CANNOT_MERGE = (
+    "A ReFT adapter cannot be merged: it edits the hidden states of some prompt tokens, and no "
+    "change of weights does that. Keep the adapter (its cost at decoding is nothing), or use "
+    "unload() to get the base model back."
+)
+
+
+class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """The interventions of all adapters at one layer.
+
+    Args:
+        hidden_size: d, the width of the layer's output.
+    """
+
+    adapter_layer_names = ("reft_phi",)
+    other_param_names = ()
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.reft_phi = nn.ModuleDict()
+        self.configs: dict[str, ReftConfig] = {}
+        self.keys: dict[str, SlotKey] = {}
+        self.strength: dict[str, float] = {}
+        self.subspaces: dict[str, list[str]] = {}
+        self.merged_adapters: list[str] = []
+        self.register_state_dict_pre_hook(_retract_before_save)  # type: ignore[no-untyped-call]
+
+    def add(self, adapter_name: str, config: ReftConfig, device: torch.device | None) -> None:
+        """Give this layer fresh parameters for an adapter, on the device of the layer."""
+        phi = config.build(self.hidden_size)
+        if device is not None and device.type != "meta":
+            phi.to(device)
+        self.reft_phi[adapter_name] = phi
+        self.configs[adapter_name] = config
+        self.keys[adapter_name] = SlotKey(
+            config.parsed_positions, config.short_prompts, config.edit_generated
+        )
+        self.strength[adapter_name] = 1.0
+
+    def names_active(self) -> list[str]:
+        """Return the active adapters, in the order in which they edit."""
+        active = BaseTunerLayer.active_adapters.fget(self)  # nn.Module's typing hides it
+        return list(active)
+
+    def phi(self, adapter_name: str) -> Intervention:
+        """Return the intervention of an adapter."""
+        module = self.reft_phi[adapter_name]
+        assert isinstance(module, Intervention)
+        return module
+
+    def forward(self, output: Any) -> Any:
+        """Return a layer's output (a tensor, or a tuple that starts with one) with its edit."""
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(hidden, Tensor):
+            raise ReftuneError(
+                f"A layer returned {type(output).__name__}; ReFT edits layers that return a tensor "
+                "or a tuple that starts with one. Name other modules with target_modules=[...]."
+            )
+        edited = self._edit(hidden, current_span())
+        if edited is hidden:
+            return output
+        if isinstance(output, tuple | list):
+            return type(output)([edited, *output[1:]])
+        return edited
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for table in (self.configs, self.keys, self.strength, self.subspaces):
+            table.pop(adapter_name, None)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise MergeError(CANNOT_MERGE)
+
+    def get_base_layer(self) -> nn.Module:
+        return self
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT also casts to the base's dtype here; an intervention keeps its own (config.dtype).
+        if adapter_name in self.reft_phi and device is not None:
+            self.reft_phi[adapter_name].to(device)
+
+    def _edit(self, hidden: Tensor, span: Span) -> Tensor:
+        if self.disable_adapters:
+            return hidden
+        h_BSd = self._as_batch(hidden)
+        names = span.options.adapter_names
+        if names is not None:
+            from reftune.mixed import edit_mixed  # it is the room above
+
+            edited = edit_mixed(self, h_BSd, span, names)
+        else:
+            edited = h_BSd
+            for name in self.names_active():
+                if name in self.reft_phi:
+                    edited = self._edit_with(name, edited, span)
+        return hidden if edited is h_BSd else edited.view_as(hidden)
+
+    def _as_batch(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[-1] != self.hidden_size or hidden.dim() not in (2, 3):
+            raise ReftConfigError(
+                f"The edited module returned hidden states of shape {tuple(hidden.shape)}; "
+                f"expected (batch, tokens, {self.hidden_size}). If only the width differs, give it "
+                "with ReftConfig(hidden_size=...); else name other modules with target_modules."
+            )
+        return hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
+
+    def strength_of(self, adapter_name: str, span: Span) -> float:
+        """Return the factor on an adapter's edit in this forward."""
+        given = span.options.strength
+        return self.strength[adapter_name] if given is None else given
+
+    def _edit_with(self, name: str, h_BSd: Tensor, span: Span) -> Tensor:
+        B, S, _ = h_BSd.shape
+        config, key = self.configs[name], self.keys[name]
+        strength = self.strength_of(name, span)
+        if strength == 0.0 or (not key.edit_generated and span.is_past_prompt(S)):
+            return h_BSd
+        if config.intervention.pools_tokens and span.is_packed:
+            raise PositionError(
+                f"method={config.method!r} averages over the tokens of an example, which packed "
+                "batches mix. Use a collator that pads."
+            )
+        if key.positions.everything or key.edit_generated or (span.is_packed and S > 1):
+            return self._edit_dense(name, h_BSd, span, strength)
+        rows = span.rows(key, B, S, h_BSd.device)
+        with no_autocast(h_BSd.device):
+            x_BKd = rows.gather(h_BSd).to(next(self.phi(name).parameters()).dtype)
+            edit = apply_grouped(
+                self.phi(name),
+                x_BKd,
+                self.tensors(name, span, B),
+                rows.valid,
+                split=key.positions.prefix,
+                per_slot=config.tied == "none",
+            )
+            edit = self.finish(name, x_BKd, edit, rows.valid, strength)
+        return rows.add(h_BSd, edit)
+
+    def _edit_dense(self, name: str, h_BSd: Tensor, span: Span, strength: float) -> Tensor:
+        """Edit every token and keep the edit where a slot says so: `all`, and packed batches."""
+        B, S, _ = h_BSd.shape
+        config, key = self.configs[name], self.keys[name]
+        slot = span.slots(key, *key.counts, B, S, h_BSd.device)
+        edited = slot < key.num_slots
+        phi = self.phi(name)
+        with no_autocast(h_BSd.device):
+            x = h_BSd.to(next(phi.parameters()).dtype)
+            tensors = self.tensors(name, span, B)
+            groups = next(iter(tensors.values())).shape[0]
+            edit = torch.zeros_like(x)
+            for g in range(groups):  # 1, 2 (sides), or one per position
+                one = {k: t[g] for k, t in tensors.items()}
+                of_group = edited if groups == 1 else _group_mask(slot, edited, config.tied, key, g)
+                edit = torch.where(of_group[..., None], phi(x, one, of_group), edit)
+            edit = self.finish(name, x, edit, edited, strength)
+        return h_BSd + edit.to(h_BSd.dtype)
+
+    def tensors(self, name: str, span: Span, B: int) -> dict[str, Tensor]:
+        """Return an adapter's parameters, with the mask of the subspaces that are on."""
+        phi, chosen = self.phi(name), span.options.subspaces
+        tensors = phi.tensors()
+        chosen = self.subspaces.get(name) if chosen is None else chosen
+        if chosen is not None and phi.has_rank:
+            R = tensors["R"]
+            tensors[SUBSPACE_MASK] = subspace_mask(self.configs[name], chosen, B, R.shape[0], R)
+        return tensors
+
+    def finish(
+        self, name: str, x: Tensor, edit: Tensor, valid: Tensor, strength: float | Tensor
+    ) -> Tensor:
+        """Apply dropout and strength to an edit, and drop it where there is no token."""
+        config = self.configs[name]
+        if self.training and config.dropout:
+            if config.dropout_on == "edit":
+                edit = F.dropout(edit, config.dropout)
+            else:
+                edit = F.dropout(x + edit, config.dropout) - x
+        if isinstance(strength, Tensor) or strength != 1.0:
+            edit = edit * strength
+        return torch.where(valid[..., None], edit, 0.0)
+
+
+def subspace_mask(
+    config: ReftConfig,
+    chosen: Sequence[str] | Sequence[Sequence[str]],
+    B: int,
+    groups: int,
+    like: Tensor,
+) -> Tensor:
+    """Return a mask of the rows of R that are on: (G, 1, r), or (G, B, 1, r) for one per example.
+
+    Raises ReftConfigError for an unknown name, and where the examples named do not fit the batch.
+    """
+    shared = not chosen or isinstance(chosen[0], str)
+    lists = [chosen] if shared else list(chosen)
+    if B % len(lists):
+        raise ReftConfigError(f"subspaces names {len(lists)} examples, the batch has {B}.")
+    mask = torch.zeros(len(lists), config.r or 0)
+    for i, names in enumerate(lists):
+        mask[i, config.subspace_rows([str(name) for name in names])] = 1.0
+    mask = mask.to(device=like.device, dtype=like.dtype)
+    if not shared:
+        mask = mask.repeat_interleave(B // len(lists), dim=0).unsqueeze(-2)
+    return mask.expand(groups, *mask.shape)
+
+
+def _group_mask(slot: Tensor, edited: Tensor, tied: str, key: SlotKey, group: int) -> Tensor:
+    if tied == "none":
+        return slot == group
+    in_prefix = slot < key.positions.prefix
+    return edited & (in_prefix if group == 0 else ~in_prefix)
+
+
+def _retract_before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Orthonormalise R before it is saved, for a save right after an optimizer step."""
+    assert isinstance(module, ReftLayer)
+    retract([phi for phi in module.reft_phi.values() if isinstance(phi, Intervention)])

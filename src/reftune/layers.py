@@ -1,0 +1,150 @@
+"""Find a model's layers by its structure: no table of architectures.
+
+The layers are the outermost `ModuleList` whose length is the number of layers that the model's
+config states. Where a model has several such lists, the tower that reads the prompt is meant: the
+encoder of an encoder-decoder, the language model of a vision-language model.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from reftune.config import ReftConfig
+from reftune.errors import LayersNotFoundError, ReftConfigError
+
+_WIDTH_ATTRIBUTES = ("out_features", "nf", "embedding_dim", "num_features")
+
+
+def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, int]:
+    """Return the names of the modules whose output is edited, with the width of that output.
+
+    Raises LayersNotFoundError where they cannot be told or do not exist, ReftConfigError where
+    their width cannot be told.
+    """
+    if config.target_modules is not None:
+        names = _matching_modules(model, config.target_modules)
+    else:
+        path = config.layers_path or find_layer_list(model)
+        names = _numbered(model, path, config.layers)
+    return {name: _width(model, name, config) for name in names}
+
+
+def find_layer_list(model: nn.Module) -> str:
+    """Return the path of the list of layers that the prompt goes through.
+
+    Raises LayersNotFoundError, with the candidates, where there is none or no single one.
+    """
+    lists = _outermost_lists(model)
+    for tower in _prompt_towers(model):
+        inside = {name: n for name, n in lists.items() if name.startswith(f"{tower}.")}
+        if len(inside) == 1:
+            return next(iter(inside))
+    depth = _stated_depth(getattr(model, "config", None))  # the border to any model class
+    stated = [name for name, n in lists.items() if n == depth]
+    if len(stated) == 1:
+        return stated[0]
+    if len(lists) == 1:
+        return next(iter(lists))
+    found = ", ".join(f"{name!r} ({n} modules)" for name, n in lists.items()) or "none"
+    raise LayersNotFoundError(
+        f"The layers of {type(model).__name__} cannot be told. Lists of modules in it: {found}. "
+        "Name one with ReftConfig(layers_path='...'), or name the modules to edit with "
+        "target_modules=[...]."
+    )
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, int]:
+    """Return the paths and lengths of the lists of modules that lie in no other list."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            found[name] = len(module)
+    return found
+
+
+def _prompt_towers(model: nn.Module) -> list[str]:
+    """Return where the tower that reads the prompt may be, by what transformers' models say."""
+    config = getattr(model, "config", None)
+    getter = "get_encoder" if getattr(config, "is_encoder_decoder", False) else "get_decoder"
+    if not hasattr(model, getter):
+        return []
+    tower = getattr(model, getter)()
+    if not isinstance(tower, nn.Module) or tower is model:
+        return []
+    return [name for name, module in model.named_modules() if module is tower]
+
+
+def _stated_depth(config: Any) -> int | None:
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    depth = getattr(config, "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else None
+
+
+def _numbered(model: nn.Module, path: str, layers: str | list[int]) -> list[str]:
+    try:
+        container = model.get_submodule(path)
+    except AttributeError:
+        container = None
+    if not isinstance(container, nn.ModuleList | nn.Sequential):
+        lists = sorted(_outermost_lists(model))
+        raise LayersNotFoundError(
+            f"layers_path={path!r} is no list of modules of {type(model).__name__}; "
+            f"its lists are {lists}."
+        )
+    if layers == "all":
+        return [f"{path}.{i}" for i in range(len(container))]
+    for i in layers:
+        if not 0 <= int(i) < len(container):
+            raise LayersNotFoundError(
+                f"There is no layer {i}: {type(model).__name__} has layers 0 to "
+                f"{len(container) - 1} at {path!r}. Layers are counted from 0."
+            )
+    return [f"{path}.{i}" for i in layers]
+
+
+def _matching_modules(model: nn.Module, wanted: list[str] | str) -> list[str]:
+    """Return the modules that PEFT's rule matches: a regular expression, or endings of names."""
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(wanted, str):
+        found = [name for name in names if re.fullmatch(wanted, name)]
+    else:
+        found = [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]
+    found = [n for n in found if ".reft" not in n]
+    if not found:
+        raise LayersNotFoundError(
+            f"target_modules={wanted!r} matches no module of {type(model).__name__}. Its top "
+            f"modules are {[name for name, _ in model.named_children()]}."
+        )
+    return found
+
+
+def _width(model: nn.Module, name: str, config: ReftConfig) -> int:
+    if config.hidden_size is not None:
+        return config.hidden_size
+    module = model.get_submodule(name)
+    module = getattr(module, "base_layer", module)  # a LoRA layer: its base has the same width
+    for attribute in _WIDTH_ATTRIBUTES:
+        if isinstance(width := getattr(module, attribute, None), int):
+            return width
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        width = _config_width(getattr(model.get_submodule(path), "config", None))
+        if width is not None:
+            return width
+    raise ReftConfigError(
+        f"The width of the output of {name!r} cannot be told. Give it with "
+        "ReftConfig(hidden_size=...)."
+    )
+
+
+def _config_width(config: Any) -> int | None:
+    width = getattr(config, "hidden_size", None)
+    if width is None and hasattr(config, "get_text_config"):
+        width = getattr(config.get_text_config(), "hidden_size", None)
+    return width if isinstance(width, int) else None

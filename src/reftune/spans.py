@@ -1,0 +1,443 @@
+"""What one forward is about: where the prompt is, which adapters and which rows are on.
+
+A `Span` is opened by a hook when a model's outermost module is called and closed when it returns;
+the hooks of the layers read it. It lives in a context variable, so threads do not mix, and it is
+made from the arguments of that one call, so two forwards before one backward do not either.
+
+Who says where the prompt is, in this order: an explicit `prompt_mask` or `prompt_lengths` (an
+argument of the forward, or `options(...)` around it); the labels of a causal language model; what
+`generate` was given; the attention mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from reftune.errors import PositionError
+from reftune.positions import (
+    Positions,
+    Rows,
+    assign_slots,
+    before_first_label,
+    segment_ids,
+    slots_to_rows,
+    take_columns,
+)
+
+T = TypeVar("T")
+
+
+class _Current(Generic[T]):
+    """A value per thread and task; one per process while torch.compile traces.
+
+    Dynamo cannot trace a ContextVar (transformers' `CompileableContextVar` has the same reason).
+    """
+
+    def __init__(self, name: str, default: T) -> None:
+        self._var: ContextVar[T] = ContextVar(name, default=default)
+        self._traced = default
+
+    def get(self) -> T:
+        return self._traced if torch.compiler.is_compiling() else self._var.get()
+
+    def set(self, value: T) -> None:
+        self._traced = value
+        if not torch.compiler.is_compiling():
+            self._var.set(value)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller says about the forwards in a block; None leaves it as it was.
+
+    Attributes:
+        prompt_mask: (B, T) bool, True at the tokens of the prompt.
+        prompt_lengths: (B,), how many attended tokens the prompt has, from the first.
+        subspaces: the names of the subspaces that are on, for all examples or one list each.
+        strength: factor on the edit: 0 the base model, 1 the adapter, -1 its negation.
+        adapter_names: an adapter, or `__base__`, for each example.
+    """
+
+    prompt_mask: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    subspaces: Sequence[str] | Sequence[Sequence[str]] | None = None
+    strength: float | None = None
+    adapter_names: Sequence[str] | None = None
+
+
+FORWARD_OPTIONS = ("prompt_mask", "prompt_lengths", "subspaces")
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """What `generate` was given: how many columns the prompt has, and its mask if there was one."""
+
+    columns: int
+    mask: Tensor | None
+
+
+_options: _Current[Options] = _Current("reftune_options", Options())
+_generation: _Current[_Generation | None] = _Current("reftune_generation", None)
+_span: _Current[Span | None] = _Current("reftune_span", None)
+
+
+@contextmanager
+def options(
+    *,
+    prompt_mask: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    subspaces: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    strength: float | None = None,
+    adapter_names: Sequence[str] | None = None,
+) -> Iterator[None]:
+    """Set how ReFT adapters edit, for the forwards and `generate` calls of this thread in a block.
+
+    See `Options` for the arguments. Blocks nest; what an inner one leaves out stays as it was.
+    """
+    outer = _options.get()
+    given: dict[str, Any] = {
+        "prompt_mask": prompt_mask,
+        "prompt_lengths": prompt_lengths,
+        "subspaces": subspaces,
+        "strength": strength,
+        "adapter_names": adapter_names,
+    }
+    _options.set(replace(outer, **{k: v for k, v in given.items() if v is not None}))
+    try:
+        yield
+    finally:
+        _options.set(outer)
+
+
+@dataclass(eq=False)
+class Entry:
+    """A module that may be called from outside, on the way to the edited layers of a model.
+
+    Attributes:
+        model: identifies the model; calls of its other entries within a call are not outermost.
+        causal_lm: whether `labels` are those of a causal language model.
+        argument_names: of `forward`, to tell positional arguments.
+    """
+
+    model: object
+    causal_lm: bool
+    argument_names: list[str]
+
+
+@dataclass(eq=False)
+class Span:
+    """One call of a model: the facts from which each adapter's rows follow.
+
+    Shapes: B examples, T columns of the whole sequence, S columns of this forward.
+    """
+
+    owner: nn.Module | None = None
+    model: object | None = None
+    outer: Span | None = None
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    position_ids: Tensor | None = None
+    past: int | Tensor = 0
+    options: Options = field(default_factory=Options)
+    generation: _Generation | None = None
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    def is_past_prompt(self, S: int) -> bool:
+        """Return whether this forward of S tokens is known to hold no prompt (reads no tensor)."""
+        o = self.options
+        if not isinstance(self.past, int) or self.past == 0 or self.labels is not None:
+            return False
+        if o.prompt_lengths is not None:
+            return False
+        if o.prompt_mask is not None:
+            return self.past >= o.prompt_mask.shape[1]
+        if self.generation is not None:
+            return self.past >= self.generation.columns
+        return self.mask is None or self.mask.dim() != 2 or self.mask.shape[1] <= self.past + S
+
+    def prompt(self, B: int, S: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the prompt's mask (B, T), the attended tokens' (B, T), and segment ids or None."""
+        key = ("prompt", B, S, device)
+        if key not in self.cache:
+            self.cache[key] = self._prompt(B, S, device)
+        found: tuple[Tensor, Tensor, Tensor | None] = self.cache[key]
+        return found
+
+    def slots(
+        self, key: Any, p: int | Tensor, s: int | Tensor, B: int, S: int, device: torch.device
+    ) -> Tensor:
+        """Return the slot of each of the S columns, K = `key.num_slots` where it is not edited."""
+        cached = ("slots", key, B, S, device)
+        if cached not in self.cache:
+            self.cache[cached] = self._slots(key, p, s, B, S, device)
+        found: Tensor = self.cache[cached]
+        return found
+
+    def rows(self, key: SlotKey, B: int, S: int, device: torch.device) -> Rows:
+        """Return the rows of each slot."""
+        cached = ("rows", key, B, S, device)
+        if cached not in self.cache:
+            slot = self.slots(key, *key.counts, B, S, device)
+            self.cache[cached] = slots_to_rows(slot, key.num_slots)
+        found: Rows = self.cache[cached]
+        return found
+
+    @property
+    def is_packed(self) -> bool:
+        """Return whether several sequences may share a row (position ids say where they start)."""
+        return (
+            self.position_ids is not None
+            and self.position_ids.dim() == 2
+            and (self.mask is None or self.mask.dim() != 2)
+            and self.generation is None
+            and isinstance(self.past, int)
+            and self.past == 0
+        )
+
+    def _prompt(self, B: int, S: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        attended = self._attended(B, S, device)
+        segments = None
+        if self.is_packed and self.position_ids is not None:
+            ids = _match_batch(self.position_ids.to(device), B)
+            if ids is not None and ids.shape[1] == S:
+                segments = segment_ids(ids)
+        o, T = self.options, attended.shape[1]
+        if o.prompt_mask is not None:
+            explicit = _require_batch("prompt_mask", o.prompt_mask.to(device), B).bool()
+            return _fit(explicit, T, "prompt_mask") & attended, attended, segments
+        if o.prompt_lengths is not None:
+            lengths = torch.as_tensor(o.prompt_lengths, device=device).view(-1, 1)
+            lengths = _require_batch("prompt_lengths", lengths, B)
+            return attended & (attended.cumsum(-1) <= lengths), attended, segments
+        if self.labels is not None:
+            labels = _match_batch(self.labels.to(device), B)
+            if labels is not None and labels.shape[1] == S == T:
+                return before_first_label(labels, segments) & attended, attended, segments
+        return self._without_labels(attended, S), attended, segments
+
+    def _without_labels(self, attended: Tensor, S: int) -> Tensor:
+        T = attended.shape[1]
+        if self.generation is not None:
+            column = torch.arange(T, device=attended.device)
+            return attended & (column < self.generation.columns)
+        if isinstance(self.past, int):
+            # A mask that reaches beyond this forward belongs to a prompt that comes in chunks.
+            in_prompt = self.past == 0 or self.past + S < T
+            return attended if in_prompt else torch.zeros_like(attended)
+        return attended & (self.past == 0).to(attended.device)
+
+    def _attended(self, B: int, S: int, device: torch.device) -> Tensor:
+        """Return which of the T columns hold a token, T >= past + S where `past` is a number."""
+        past = self.past if isinstance(self.past, int) else 0
+        T = past + S
+        if self.generation is not None:
+            T = max(T, self.generation.columns)
+        if self.options.prompt_mask is not None:
+            T = max(T, self.options.prompt_mask.shape[1])
+        mask = self._token_mask(past, S)
+        if mask is not None:
+            mask = _match_batch(mask.to(device).ne(0), B)
+        if mask is None or mask.shape[1] < past + S:
+            # None was given, or it is another tower's: every token counts.
+            return torch.ones(B, T, dtype=torch.bool, device=device)
+        return _fit(mask, max(T, mask.shape[1]), "attention_mask", value=True)
+
+    def _token_mask(self, past: int, S: int) -> Tensor | None:
+        mask, generation = self.mask, self.generation
+        covers = mask is not None and mask.dim() == 2
+        if generation is not None and generation.mask is not None:
+            covers = covers and mask is not None and mask.shape[1] >= generation.columns
+            if not covers:
+                missing = max(0, past + S - generation.mask.shape[1])
+                return torch.nn.functional.pad(generation.mask, (0, missing), value=1)
+        if mask is not None and mask.dim() == 4:
+            return _diagonal(mask, past, S) if isinstance(self.past, int) else None
+        return mask
+
+    def _slots(
+        self, key: Any, p: int | Tensor, s: int | Tensor, B: int, S: int, device: torch.device
+    ) -> Tensor:
+        prompt, attended, segments = self.prompt(B, S, device)
+        if key.positions.everything:  # p is 1, or tells for each example whether it takes part
+            slot = torch.where(prompt & (torch.as_tensor(p, device=device) > 0), 0, key.num_slots)
+        else:
+            slot = assign_slots(
+                prompt,
+                p,
+                s,
+                suffix_start=key.positions.prefix,
+                empty=key.num_slots,
+                rule=key.short_prompts,
+                segments_BT=segments,
+            )
+        if key.edit_generated:
+            takes_part = torch.as_tensor(p, device=device) + s > 0
+            slot = torch.where(attended & ~prompt & takes_part, key.num_slots - 1, slot)
+        return take_columns(slot, self.past, S, key.num_slots)
+
+
+@dataclass(frozen=True)
+class SlotKey:
+    """What determines an adapter's slots in a forward; adapters that agree share them."""
+
+    positions: Positions
+    short_prompts: str = "paper"
+    edit_generated: bool = False
+    members: tuple[str, ...] = ()  # of a batch of mixed adapters: one for each example
+
+    @property
+    def num_slots(self) -> int:
+        """Return K."""
+        return self.positions.num_slots
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Return how many tokens the prefix and the suffix have; (1, 0) for `all`."""
+        if self.positions.everything:
+            return 1, 0
+        return self.positions.prefix, self.positions.suffix
+
+
+def current_span() -> Span:
+    """Return the span of the forward that is running.
+
+    A layer that is called by itself, outside any model, has one where every token is prompt.
+    """
+    return _span.get() or Span(options=_options.get(), generation=_generation.get())
+
+
+def open_span(
+    module: nn.Module, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Span | None]:
+    """Open a span for the outermost call of a model; returns it, and the model's own arguments.
+
+    Takes `prompt_mask`, `prompt_lengths` and `subspaces` out of the arguments. The span is None
+    where the call is an inner one.
+    """
+    outer = _span.get()
+    if outer is not None and outer.model is entry.model and outer.owner is not module:
+        _refine(outer, _bind(entry, args, kwargs))
+        return kwargs, None
+    given = _options.get()
+    own = {k: kwargs[k] for k in FORWARD_OPTIONS if kwargs.get(k) is not None}
+    if own:
+        given = replace(given, **own)
+    kwargs = {k: v for k, v in kwargs.items() if k not in FORWARD_OPTIONS}
+    call = _bind(entry, args, kwargs)
+    ids, position_ids, labels = (call.get(k) for k in ("input_ids", "position_ids", "labels"))
+    is_token_labels = entry.causal_lm and isinstance(labels, Tensor) and labels.dim() == 2
+    span = Span(
+        owner=module,
+        model=entry.model,
+        outer=None if outer is not None and outer.owner is module else outer,
+        mask=_as_token_mask(call.get("attention_mask"), ids),
+        labels=labels if is_token_labels else None,
+        position_ids=position_ids if isinstance(position_ids, Tensor) else None,
+        past=_past_length(call, ids),
+        options=given,
+        generation=_generation.get(),
+    )
+    _span.set(span)
+    return kwargs, span
+
+
+def close_span(module: nn.Module) -> None:
+    """Close the span that this module opened; a forward hook that also runs after an exception."""
+    span = _span.get()
+    if span is not None and span.owner is module:
+        _span.set(span.outer)
+
+
+def entry_of(module: nn.Module, model: object, causal_lm: bool) -> Entry:
+    """Describe `module` as an entry of `model`."""
+    return Entry(model, causal_lm, list(inspect.signature(module.forward).parameters))
+
+
+@contextmanager
+def generation(columns: int, mask: Tensor | None) -> Iterator[None]:
+    """Say that the forwards in this block belong to a `generate` whose prompt has `columns`."""
+    outer, span = _generation.get(), _span.get()
+    _generation.set(_Generation(columns, mask))
+    _span.set(None)
+    try:
+        yield
+    finally:
+        _generation.set(outer)
+        _span.set(span)
+
+
+def _bind(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(entry.argument_names, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _refine(span: Span, call: dict[str, Any]) -> None:
+    """Take a mask from an inner module where the outer one had none of tokens.
+
+    A multiple-choice model is called with (B, C, S) and calls its backbone with (B*C, S).
+    """
+    mask = call.get("attention_mask")
+    if span.mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
+        span.mask = mask
+
+
+def _as_token_mask(mask: Any, ids: Any) -> Tensor | None:
+    if isinstance(mask, dict):  # one mask per kind of attention: all agree on what is padding
+        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 3 and isinstance(ids, Tensor) and ids.dim() == 3:
+        return mask.flatten(0, 1)
+    return mask if mask.dim() in (2, 4) else None
+
+
+def _past_length(call: dict[str, Any], ids: Any) -> int | Tensor:
+    cache = call.get("past_key_values")
+    if cache is None or not hasattr(cache, "get_seq_length"):  # legacy caches have no length
+        return 0
+    try:
+        length: int | Tensor = cache.get_seq_length()
+    except ValueError:  # a cache of linear attention alone: the mask covers past and present
+        mask = call.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(ids, Tensor):
+            return mask.shape[1] - ids.shape[1]
+        return 0
+    return length
+
+
+def _diagonal(mask: Tensor, past: int, S: int) -> Tensor:
+    """Return which tokens of a forward a (B, 1, S, T) mask does not pad: they see themselves."""
+    if mask.shape[2] != S or mask.shape[3] < past + S:
+        return torch.ones(mask.shape[0], past + S, dtype=torch.bool, device=mask.device)
+    own = mask[:, 0, :, past : past + S].diagonal(dim1=-2, dim2=-1)
+    seen = own if own.dtype == torch.bool else own > -1
+    return torch.nn.functional.pad(seen, (past, 0), value=True)
+
+
+def _match_batch(t: Tensor, B: int) -> Tensor | None:
+    """Repeat the rows of `t` for beams and sampled sequences; None where it cannot fit B."""
+    if t.shape[0] == B:
+        return t
+    return (
+        t.repeat_interleave(B // t.shape[0], dim=0) if t.shape[0] and B % t.shape[0] == 0 else None
+    )
+
+
+def _require_batch(name: str, t: Tensor, B: int) -> Tensor:
+    fitted = _match_batch(t, B)
+    if fitted is None:
+        raise PositionError(f"{name} has {t.shape[0]} rows, the batch has {B} examples.")
+    return fitted
+
+
+def _fit(mask: Tensor, T: int, name: str, value: bool = False) -> Tensor:
+    if mask.shape[1] > T:
+        raise PositionError(f"{name} has {mask.shape[1]} columns, the sequence has {T} tokens.")
+    return torch.nn.functional.pad(mask, (0, T - mask.shape[1]), value=value)

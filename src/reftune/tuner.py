@@ -1,0 +1,333 @@
+"""ReFT as a PEFT method: `ReftModel` keeps PEFT's contract for any Hugging Face model.
+
+The layers get a child module and a hook each (`reftune.layer`); the modules through which the model
+may be called get hooks that open and close a span (`reftune.spans`). `generate` of a causal
+language model is wrapped to say where its prompt ends: only there is that known whatever the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationMixin
+
+from reftune.checkpoint import check_before_injection, check_state_dict
+from reftune.config import ReftConfig
+from reftune.errors import MergeError, ReftConfigError, did_you_mean
+from reftune.interventions import Intervention, retract
+from reftune.layer import CANNOT_MERGE, ReftLayer
+from reftune.layers import find_targets
+from reftune.mixed import BASE
+from reftune.spans import Span, close_span, entry_of, generation, open_span, options
+
+_CHILD = "reft"
+_ROOT = "_reft_root"
+_ENTRY = "_reft_entry"
+
+
+@dataclass(eq=False)
+class Root:
+    """What reftune put into a model, so that it can be found and taken out again."""
+
+    layers: dict[str, ReftLayer] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    entries: list[nn.Module] = field(default_factory=list)
+
+
+class ReftModel(BaseTuner):  # type: ignore[misc]
+    """Attach ReFT adapters to a model; made by `peft.get_peft_model(model, ReftConfig(...))`.
+
+    Args: as `peft.tuners.tuners_utils.BaseTuner`.
+    """
+
+    prefix: str = "reft_"
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - the base class declares it so
+
+    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: Any) -> ReftConfig:
+        """Find the layers, and check the adapter's checkpoint against them if it has one."""
+        self._targets = find_targets(self.model, peft_config)
+        for width in set(self._targets.values()):
+            peft_config.shape(width)  # raises where the rank does not fit
+        check_before_injection(peft_config, self._targets)
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
+        return key in self._targets
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        # The config says which layers; PEFT would look for modules named after the tensors.
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        _hook_entries(model, self.peft_config[adapter_name])
+
+    def _create_and_replace(
+        self,
+        peft_config: ReftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        root = _root_of(self.model)
+        layer = root.layers.get(current_key)
+        if layer is None:
+            layer = ReftLayer(self._targets[current_key])
+            target.add_module(_CHILD, layer)
+            root.layers[current_key] = layer
+            root.handles.append(target.register_forward_hook(_edit_output))
+        layer.add(adapter_name, peft_config, _device_of(target))
+        if adapter_name not in self.active_adapters:
+            layer.reft_phi[adapter_name].requires_grad_(False)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Take `adapter_names` out of the arguments of a forward or `generate` (PEFT's hook)."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        check_adapter_names(self.model, names, training=self.training)
+        handles = [
+            module.register_forward_pre_hook(
+                functools.partial(_pass_adapter_names, names=list(names)), with_kwargs=True
+            )
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        try:
+            with options(adapter_names=tuple(names)):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            raise MergeError(CANNOT_MERGE)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                original = module.unload_and_optionally_merge_module(
+                    merge=False, safe_merge=False, adapter_names=None
+                )
+                setattr(parent, name.rpartition(".")[2], original)
+        model: nn.Module = self.model
+        detach(model)
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        raise MergeError(CANNOT_MERGE)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: see `MergeError`."""
+        raise MergeError(CANNOT_MERGE)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: ReftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        check_state_dict(model, adapter_name, remapped)
+        return remapped
+
+
+def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
+    """Return the edited layers of a model (a `PeftModel` or a plain one) by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ReftLayer)}
+
+
+def set_strength(model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
+    """Set the factor on an adapter's edits: 0 the base model, 1 as trained, -1 negated.
+
+    Without a name, of all adapters. It is not saved. Raises ReftConfigError for an unknown name.
+    """
+    for layer in _layers_with(model, adapter_name):
+        for name in [adapter_name] if adapter_name else list(layer.strength):
+            if name in layer.strength:
+                layer.strength[name] = float(strength)
+
+
+def set_subspaces(
+    model: nn.Module, names: Sequence[str] | None, adapter_name: str | None = None
+) -> None:
+    """Set which of its named subspaces an adapter edits; None is all rows of R.
+
+    Without an adapter name, of all adapters that have subspaces. It is not saved. Raises
+    ReftConfigError for an unknown name.
+    """
+    for layer in _layers_with(model, adapter_name):
+        for name in [adapter_name] if adapter_name else list(layer.configs):
+            if name not in layer.configs:
+                continue
+            layer.subspaces.pop(name, None)
+            if names is not None:
+                layer.configs[name].subspace_rows(list(names))
+                layer.subspaces[name] = list(names)
+
+
+def check_adapter_names(model: nn.Module, names: Sequence[str], *, training: bool) -> None:
+    """Raise where a batch of mixed adapters is not possible: ValueError, as PEFT's LoRA does."""
+    if training:
+        raise ReftConfigError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval()."
+        )
+    known = {name for layer in _root_of(model).layers.values() for name in layer.configs}
+    unknown = sorted({name for name in names if name != BASE} - known)
+    if unknown:
+        raise ReftConfigError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+            f"Loaded are {sorted(known)}, and {BASE!r} for none."
+            + did_you_mean(unknown[0], sorted(known))
+        )
+
+
+def detach(model: nn.Module) -> None:
+    """Take every ReFT adapter, hook and wrapper out of a model."""
+    root = _root_of(model)
+    for handle in root.handles:
+        handle.remove()
+    for name in root.layers:
+        delattr(model.get_submodule(name), _CHILD)
+    for entry in root.entries:
+        delattr(entry, _ENTRY)
+    for attribute in ("generate", _ROOT, "peft_config"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+
+
+def _layers_with(model: nn.Module, adapter_name: str | None) -> list[ReftLayer]:
+    layers = list(reft_layers(model).values())
+    known = sorted({name for layer in layers for name in layer.configs})
+    if adapter_name is not None and adapter_name not in known:
+        raise ReftConfigError(
+            f"There is no ReFT adapter {adapter_name!r}; loaded are {known or 'none'}."
+            + did_you_mean(adapter_name, known)
+        )
+    return layers
+
+
+def _root_of(model: nn.Module) -> Root:
+    root = vars(model).get(_ROOT)
+    if root is None:
+        root = Root()
+        object.__setattr__(model, _ROOT, root)
+    assert isinstance(root, Root)
+    return root
+
+
+def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
+    """Hook every module on the way to an edited layer: any of them may be what a caller calls."""
+    root = _root_of(model)
+    causal_lm = _is_causal_lm(model) or getattr(config.task_type, "value", "") == "CAUSAL_LM"
+    paths = {""}
+    for name in root.layers:
+        parts = name.split(".")[:-1]
+        paths |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+    for path in sorted(paths):
+        module = model.get_submodule(path)
+        if isinstance(module, nn.ModuleList) or _ENTRY in vars(module):
+            continue
+        object.__setattr__(module, _ENTRY, entry_of(module, root, causal_lm))
+        root.entries.append(module)
+        root.handles.append(module.register_forward_pre_hook(_open, with_kwargs=True))
+        root.handles.append(module.register_forward_hook(_close, always_call=True))
+    if _is_causal_lm(model) and "generate" not in vars(model):
+        object.__setattr__(model, "generate", MethodType(_generate, model))
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    return (
+        isinstance(model, GenerationMixin)
+        and model.can_generate()
+        and not getattr(model.config, "is_encoder_decoder", False)
+    )
+
+
+def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    layer = module.get_submodule(_CHILD)
+    assert isinstance(layer, ReftLayer)
+    return layer(output)
+
+
+def _open(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    entry = vars(module)[_ENTRY]
+    kwargs, span = open_span(module, entry, args, kwargs)
+    if span is not None and not torch.compiler.is_compiling():
+        _retract_active(entry.model, span)
+    return args, kwargs
+
+
+def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    close_span(module)
+
+
+def _retract_active(root: Root, span: Span) -> None:
+    names = span.options.adapter_names
+    retract(
+        [
+            phi
+            for layer in root.layers.values()
+            for name in (layer.names_active() if names is None else set(names))
+            if name in layer.configs and isinstance(phi := layer.reft_phi[name], Intervention)
+        ]
+    )
+
+
+@functools.wraps(GenerationMixin.generate)
+def _generate(self: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    generate = type(self).generate
+    given = [inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs")]
+    prompt = next((t for t in given if isinstance(t, Tensor)), None)
+    mask = kwargs.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    columns = 1 if prompt is None else prompt.shape[1]  # 1: generate starts from a BOS
+    with generation(columns, mask):
+        return generate(self, inputs, **kwargs)
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    own = [p.device for name, p in module.named_parameters() if not name.startswith(f"{_CHILD}.")]
+    return own[0] if own else None
+
+
+register_peft_method(name="reft", config_cls=ReftConfig, model_cls=ReftModel, prefix="reft_")
