@@ -328,8 +328,9 @@ class ReftR1(Intervention):
     def forward(self, h: Tensor, tensors: Tensors, valid: Tensor) -> Tensor:
         R = tensors["R"]
         latent = torch.relu((h @ R.mT).squeeze(-1)) * valid
-        k = min(self.shape.topk, latent.shape[-1])
-        strength = latent.topk(k, dim=-1).values.sum(-1) / k
+        largest = latent.topk(min(self.shape.topk, latent.shape[-1]), dim=-1).values
+        # Slots without a token count for nothing: padding does not change the mean.
+        strength = largest.sum(-1) / valid.sum(-1).clamp(min=1, max=self.shape.topk)
         return (strength[..., None, None] * R).expand_as(h)
 
 

@@ -29,6 +29,8 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, int]:
     else:
         path = config.layers_path or find_layer_list(model)
         names = _numbered(model, path, config.layers)
+    if not config.edit_generated:
+        _refuse_decoder(model, names)
     return {name: _width(model, name, config) for name in names}
 
 
@@ -76,6 +78,23 @@ def _prompt_towers(model: nn.Module) -> list[str]:
     if not isinstance(tower, nn.Module) or tower is model:
         return []
     return [name for name, module in model.named_modules() if module is tower]
+
+
+def _refuse_decoder(model: nn.Module, names: list[str]) -> None:
+    """Raise where a module lies in the decoder of an encoder-decoder, whose prompt is elsewhere."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not isinstance(decoder, nn.Module) or decoder is model:
+        return
+    inside = {id(module) for module in decoder.modules()}
+    for name in names:
+        if id(model.get_submodule(name)) in inside:
+            raise ReftConfigError(
+                f"{name!r} is in the decoder of {type(model).__name__}, an encoder-decoder. Its "
+                "tokens are generated, and ReFT edits the prompt, which the encoder reads. Edit the "
+                "encoder (leave layers_path out), or the generated tokens with edit_generated=True."
+            )
 
 
 def _stated_depth(config: Any) -> int | None:

@@ -12,7 +12,7 @@ argument of the forward, or `options(...)` around it); the labels of a causal la
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -73,6 +73,7 @@ class Options:
     adapter_names: Sequence[str] | None = None
 
 
+_CACHES = ("past_key_values", "cache_params", "state")  # transformers', Mamba's, RWKV's names
 FORWARD_OPTIONS = ("prompt_mask", "prompt_lengths", "subspaces")
 
 
@@ -356,6 +357,29 @@ def close_span(module: nn.Module) -> None:
         _span.set(span.outer)
 
 
+@dataclass(frozen=True)
+class SpanCarrier:
+    """A checkpointing function whose recomputation, in the backward, finds the span of its forward.
+
+    By then the span is closed, and on an accelerator the backward runs in a thread of its own.
+    """
+
+    function: Callable[..., Any]
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        span = _span.get()
+
+        def run_in_span(*args: Any, **kwargs: Any) -> Any:
+            outer = _span.get()
+            _span.set(span)
+            try:
+                return run(*args, **kwargs)
+            finally:
+                _span.set(outer)
+
+        return self.function(run_in_span, *args, **kwargs)
+
+
 def entry_of(module: nn.Module, model: object, causal_lm: bool) -> Entry:
     """Describe `module` as an entry of `model`."""
     return Entry(model, causal_lm, list(inspect.signature(module.forward).parameters))
@@ -399,17 +423,24 @@ def _as_token_mask(mask: Any, ids: Any) -> Tensor | None:
 
 
 def _past_length(call: dict[str, Any], ids: Any) -> int | Tensor:
-    cache = call.get("past_key_values")
-    if cache is None or not hasattr(cache, "get_seq_length"):  # legacy caches have no length
+    cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+    if cache is None:
         return 0
-    try:
-        length: int | Tensor = cache.get_seq_length()
-    except ValueError:  # a cache of linear attention alone: the mask covers past and present
-        mask = call.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(ids, Tensor):
-            return mask.shape[1] - ids.shape[1]
-        return 0
-    return length
+    if hasattr(cache, "get_seq_length"):
+        try:
+            length: int | Tensor = cache.get_seq_length()
+            return length
+        except ValueError:  # a cache of linear attention alone does not count its tokens
+            if not cache.has_previous_state():
+                return 0
+    mask, present = call.get("attention_mask"), call.get("inputs_embeds") if ids is None else ids
+    if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(present, Tensor):
+        past = mask.shape[1] - present.shape[1]
+        if past > 0:
+            return past
+    # How much is past is not known, only that something is; in `generate` it is the prompt.
+    generation = _generation.get()
+    return 1 if generation is None else generation.columns
 
 
 def _diagonal(mask: Tensor, past: int, S: int) -> Tensor:

@@ -29,11 +29,20 @@ from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
 from reftune.layers import find_targets
 from reftune.mixed import BASE
-from reftune.spans import Span, close_span, entry_of, generation, open_span, options
+from reftune.spans import (
+    Span,
+    SpanCarrier,
+    close_span,
+    entry_of,
+    generation,
+    open_span,
+    options,
+)
 
 _CHILD = "reft"
 _ROOT = "_reft_root"
 _ENTRY = "_reft_entry"
+_CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, on every module that checkpoints
 
 
 @dataclass(eq=False)
@@ -43,6 +52,7 @@ class Root:
     layers: dict[str, ReftLayer] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
     entries: list[nn.Module] = field(default_factory=list)
+    targets: list[nn.Module] = field(default_factory=list)
 
 
 class ReftModel(BaseTuner):  # type: ignore[misc]
@@ -94,6 +104,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
             layer = ReftLayer(self._targets[current_key])
             target.add_module(_CHILD, layer)
             root.layers[current_key] = layer
+            root.targets.append(target)
             root.handles.append(target.register_forward_hook(_edit_output))
         layer.add(adapter_name, peft_config, _device_of(target))
         if adapter_name not in self.active_adapters:
@@ -222,6 +233,9 @@ def detach(model: nn.Module) -> None:
         delattr(model.get_submodule(name), _CHILD)
     for entry in root.entries:
         delattr(entry, _ENTRY)
+    for module in (*root.entries, *root.targets):
+        if isinstance(carrier := vars(module).get(_CHECKPOINT), SpanCarrier):
+            object.__setattr__(module, _CHECKPOINT, carrier.function)
     for attribute in ("generate", _ROOT, "peft_config"):
         if attribute in vars(model):
             delattr(model, attribute)
@@ -267,11 +281,11 @@ def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
         object.__setattr__(model, "generate", MethodType(_generate, model))
 
 
-def _is_causal_lm(model: nn.Module) -> bool:
+def _is_causal_lm(model: Any) -> bool:
     return (
         isinstance(model, GenerationMixin)
-        and model.can_generate()
-        and not getattr(model.config, "is_encoder_decoder", False)
+        and bool(type(model).can_generate())  # type: ignore[attr-defined]
+        and not getattr(vars(model)["config"], "is_encoder_decoder", False)
     )
 
 
@@ -288,11 +302,21 @@ def _open(
     kwargs, span = open_span(module, entry, args, kwargs)
     if span is not None and not torch.compiler.is_compiling():
         _retract_active(entry.model, span)
+        if torch.is_grad_enabled():
+            _carry_spans(entry.model)
     return args, kwargs
 
 
 def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     close_span(module)
+
+
+def _carry_spans(root: Root) -> None:
+    """Let edits inside of a checkpointed function know their span when they are recomputed."""
+    for module in (*root.entries, *root.targets):
+        function = vars(module).get(_CHECKPOINT)
+        if function is not None and not isinstance(function, SpanCarrier):
+            object.__setattr__(module, _CHECKPOINT, SpanCarrier(function))
 
 
 def _retract_active(root: Root, span: Span) -> None:

@@ -1,0 +1,204 @@
+"""What a run is: `RunConfig`, one YAML file, every key with a type, a default and a help text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from peft import PeftConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from reftune.config import ReftConfig
+from reftune.errors import ReftConfigError, did_you_mean
+from reftune.models import DType
+from reftune.prompts import LongPrompts, TemplateName
+from reftune.train import TrainSettings
+
+_FROZEN = ConfigDict(extra="forbid", frozen=True)
+
+
+def _adapter_settings() -> type[BaseModel]:
+    """Return a model of `ReftConfig`'s own fields: defaults and help are written once, there."""
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    hints = get_type_hints(ReftConfig)
+    fields: dict[str, Any] = {
+        f.name: (hints[f.name], Field(f.default, description=f.metadata["help"]))
+        for f in dataclasses.fields(ReftConfig)
+        if f.name not in inherited
+    }
+    return create_model("AdapterSettings", __config__=_FROZEN, **fields)
+
+
+AdapterSettings = _adapter_settings()
+
+
+class DataSettings(BaseModel):
+    """What to learn from."""
+
+    model_config = _FROZEN
+
+    train: str | list[str] = Field(
+        description="files (json, jsonl, csv, parquet), directories, Hub data sets, or 'demo'; "
+        "or names of tasks that have a training split, read from data_dir"
+    )
+    heldout: str | None = Field(None, description="a data set whose loss is measured at the end")
+    heldout_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the training data to hold out instead"
+    )
+    data_dir: str | None = Field(None, description="folder of task data, in LLM-Adapters' layout")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="our column names to the data's, e.g. {prompt: question}"
+    )
+    system: str | None = Field(None, description="system message before each prompt")
+    template: TemplateName = Field("auto", description="how a prompt becomes text")
+    max_length: int = Field(512, ge=2, description="tokens of prompt and completion")
+    long_prompts: LongPrompts = Field("error", description="prompts that leave no room")
+    limit: int | None = Field(None, ge=1, description="use the first so many examples")
+
+
+class EvaluateSettings(BaseModel):
+    """What to measure after training."""
+
+    model_config = _FROZEN
+
+    tasks: list[str] = Field(default_factory=list, description="names of tasks")
+    limit: int | None = Field(None, ge=1, description="the first so many examples of each task")
+    batch_size: int = Field(16, ge=1, description="prompts per batch")
+    base: bool = Field(True, description="also evaluate the base model")
+    show: int = Field(4, ge=0, description="replies of base and adapter shown side by side")
+
+
+class RunConfig(BaseModel):
+    """One run: train an adapter on a model, evaluate it, and keep all that in a directory."""
+
+    model_config = _FROZEN
+
+    name: str = Field(description="the run's directory below output_dir", pattern=r"^[\w.\-]+$")
+    model: str = Field("smollm2-135m", description="an embedded model, a directory or a Hub id")
+    dtype: DType = Field("auto", description="of the base model's weights")
+    attn_implementation: str | None = Field(None, description="as transformers names it")
+    seed: int = Field(42, ge=0, description="of initialisation, data order and dropout")
+    output_dir: str = Field("runs", description="where runs are kept")
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings, description="see ReftConfig")  # type: ignore[valid-type]
+    data: DataSettings
+    train: TrainSettings = Field(default_factory=TrainSettings)  # type: ignore[arg-type]
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # type: ignore[arg-type]
+
+    @property
+    def directory(self) -> Path:
+        """Return where the run is kept."""
+        return Path(self.output_dir).expanduser() / self.name
+
+    def reft_config(self) -> ReftConfig:
+        """Return the adapter's PEFT config. Raises ReftConfigError."""
+        fields = self.adapter.model_dump()  # type: ignore[attr-defined]
+        return ReftConfig(task_type="CAUSAL_LM", **fields)
+
+    def to_yaml(self) -> str:
+        """Return every key with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML; `overrides` are "train.learning_rate=1e-3", "adapter.r=4", ...
+
+    Raises ReftConfigError naming the key and what is accepted; for an unknown key, the nearest.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ReftConfigError(
+            f"There is no config file {str(path)!r}."
+            + did_you_mean(str(path), near)
+            + " A config is a YAML file; `reftune config` prints every key."
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ReftConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ReftConfigError(f"{path} holds {type(values).__name__}, a config is keys and values.")
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Check a run's keys and values; see `load_config`."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ReftConfigError(f"{where}: " + "; ".join(_problems(error))) from error
+    config.reft_config()  # its own checks, before any model is loaded
+    return config
+
+
+def describe() -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, help) of every key, in the order of the file."""
+    yield from _describe(RunConfig, "")
+
+
+def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _describe(annotation, f"{prefix}{name}.")
+            continue
+        default = (
+            "(required)"
+            if field.is_required()
+            else yaml_value(field.get_default(call_default_factory=True))
+        )
+        yield f"{prefix}{name}", _type_name(annotation), default, field.description or ""
+
+
+def yaml_value(value: Any) -> str:
+    """Return a value as YAML writes it on one line."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _type_name(annotation: Any) -> str:
+    args = get_args(annotation)
+    if getattr(annotation, "__origin__", None) is Literal:
+        return " | ".join(map(str, args))
+    if args and "|" in str(annotation):
+        return " | ".join(_type_name(a) for a in args)
+    if annotation is type(None):
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) and not args else str(annotation)
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ReftConfigError(
+            f"{text!r} is no override; accepted is key=value, e.g. train.learning_rate=1e-3."
+        )
+    at = values
+    for part in parts[:-1]:
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            raise ReftConfigError(f"{text!r}: {part!r} is a value, it has no keys below it.")
+    try:
+        at[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ReftConfigError(f"{text!r}: {value!r} is not a YAML value: {error}") from error
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    keys = [row[0] for row in describe()]
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = did_you_mean(key, keys) or did_you_mean(
+                key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys]
+            )
+            yield f"there is no key {key!r}.{near or ' `reftune config` prints every key.'}"
+        elif problem["type"] == "missing":
+            yield f"the key {key!r} is missing"
+        else:
+            yield f"{key} is {problem['input']!r}: {problem['msg'].lower()}"

@@ -1,0 +1,195 @@
+"""The command line: verbs over reftune's public API, nothing else.
+
+A package of its own, as `import reftune` loads torch and PEFT (it registers the method there), and
+`reftune --help` should answer at once: each verb imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="reftune",
+    help="Representation finetuning (ReFT) of language models: train, evaluate, generate, chat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AdapterArgument = Annotated[
+    str, typer.Argument(help="adapter directory, run directory or Hub name", metavar="ADAPTER")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="base model, if not the one the adapter names")
+]
+DtypeOption = Annotated[str, typer.Option(help="of the base model: auto, float32, bfloat16, ...")]
+TemplateOption = Annotated[
+    str | None, typer.Option(help="prompt template; default: the one the run was trained with")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="most tokens to generate", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy", min=0.0)]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="the run's YAML; `reftune config` lists its keys")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="keys to change: train.learning_rate=1e-3 adapter.r=4 name=second"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run")] = False,
+) -> None:
+    """Train an adapter, evaluate it, and keep everything in runs/NAME."""
+    with reported_errors():
+        from reftune.run import execute
+        from reftune.settings import load_config
+        from reftune_cli.console import ConsoleReporter, show_results
+
+        run = load_config(config, overrides or [])
+        with ConsoleReporter() as reporter:
+            results = execute(run, resume=resume, overwrite=overwrite, reporter=reporter)
+        show_results(run, results)
+
+
+@app.command()
+def evaluate(
+    adapter: AdapterArgument,
+    tasks: Annotated[str, typer.Option(help="task names with commas between: boolq,ARC-Easy")],
+    data_dir: Annotated[str, typer.Option(help="folder of task data")] = ".",
+    limit: Annotated[int | None, typer.Option(help="first so many examples", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="prompts per batch", min=1)] = 16,
+    base: Annotated[bool, typer.Option(help="also evaluate the base model")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for samples and results; resumed if it exists")
+    ] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Evaluate an adapter, and its base model, on tasks."""
+    with reported_errors():
+        from reftune_cli.console import ConsoleReporter, evaluate_adapter, show_scores
+
+        with ConsoleReporter() as reporter:
+            names = [name.strip() for name in tasks.split(",")]
+            results = evaluate_adapter(
+                adapter, names, data_dir, limit, batch_size, base, out, model, dtype, reporter
+            )
+        show_scores(results)
+
+
+@app.command()
+def generate(
+    adapter: AdapterArgument,
+    prompts: Annotated[
+        list[str], typer.Argument(help="one reply for each; - reads lines of stdin")
+    ],
+    compare: Annotated[bool, typer.Option("--compare", help="show the base model's, too")] = False,
+    template: TemplateOption = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, typer.Option(help="nucleus; 1 is off")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Generate with an adapter."""
+    with reported_errors():
+        from reftune.generate import Sampling
+        from reftune_cli.console import generate_replies
+
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+        if prompts == ["-"]:
+            prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        generate_replies(adapter, prompts, sampling, template, compare, model, dtype)
+
+
+@app.command()
+def chat(
+    adapters: Annotated[
+        list[str], typer.Argument(help="adapters to switch between: DIRECTORY or NAME=DIRECTORY")
+    ],
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    template: TemplateOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Chat with adapters; /adapter, /strength and /base switch between them while you do."""
+    with reported_errors():
+        from reftune.generate import Sampling
+        from reftune_cli.chat import Chat, load_chat
+
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+        loaded, names, found = load_chat(adapters, model, dtype)
+        Chat(loaded, names, template or found, sampling, system).loop()
+
+
+@app.command()
+def info(adapter: AdapterArgument) -> None:
+    """Say what an adapter is: method, layers, positions, size, base model."""
+    with reported_errors():
+        from reftune_cli.console import show_info
+
+        show_info(adapter)
+
+
+@app.command()
+def config(
+    schema: Annotated[bool, typer.Option("--schema", help="print a JSON schema instead")] = False,
+) -> None:
+    """Print every key of a run's YAML with its type, default and meaning."""
+    with reported_errors():
+        from reftune_cli.console import show_config_keys, show_schema
+
+        show_schema() if schema else show_config_keys()
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of reftune and of what it stands on."""
+    from reftune.run import versions
+
+    for name, known in versions().items():
+        typer.echo(f"{name} {known}")
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Print reftune's own errors as a sentence; what we broke keeps its traceback."""
+    _quieten()
+    from reftune.errors import ReftuneError
+
+    try:
+        yield
+    except ReftuneError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        typer.secho("interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _quieten() -> None:
+    """Keep what other libraries deprecate among themselves off the terminal."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

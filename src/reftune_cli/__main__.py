@@ -1,0 +1,5 @@
+"""`python -m reftune_cli` is `reftune`."""
+
+from reftune_cli import main
+
+main()

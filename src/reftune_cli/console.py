@@ -1,0 +1,288 @@
+"""What the verbs print: progress bars, tables, replies side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from reftune import evaluate
+from reftune.card import format_score
+from reftune.checkpoint import WEIGHTS, read_shapes
+from reftune.config import ReftConfig
+from reftune.errors import RunError
+from reftune.generate import HFEngine, Sampling
+from reftune.prompts import encode_prompt
+from reftune.run import (
+    RESULTS,
+    Loaded,
+    Reporter,
+    adapter_directory,
+    load_adapter,
+    template_of,
+    write_text,
+)
+from reftune.settings import RunConfig, describe
+from reftune.tasks import get_task
+from reftune.train import Progress as Training
+
+out = Console(highlight=False, soft_wrap=False)
+
+
+class ConsoleReporter:
+    """Show a run's progress as bars; a context, so that the bars end cleanly."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(compact=True),
+            console=out,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
+
+    def __enter__(self) -> ConsoleReporter:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        out.print(escape(text))
+
+    def training(self, progress: Training) -> None:
+        """Move the training bar: loss, learning rate, tokens per second, time left."""
+        parts = []
+        if progress.loss is not None:
+            parts.append(f"loss {progress.loss:.4f}")
+        if progress.learning_rate is not None:
+            parts.append(f"lr {progress.learning_rate:.2e}")
+        parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+        self._move("training", progress.step, progress.total_steps, "  ".join(parts))
+
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        """Move an evaluation's bar."""
+        self._move(what, done, total, "examples")
+
+    def _move(self, what: str, done: int, total: int, note: str) -> None:
+        if not out.is_terminal:  # a log file gets a line for each tenth
+            tenth = 10 * done // max(total, 1)
+            if self._tenths.get(what, 0) != tenth:
+                self._tenths[what] = tenth
+                out.print(f"{escape(what)}: {done}/{total}  {note}")
+            return
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(escape(what), total=total, note=note)
+        self._bars.update(self._tasks[what], completed=done, total=total, note=note)
+
+
+def show_results(config: RunConfig, results: Mapping[str, Any]) -> None:
+    """Print what a run came to, with replies of base and adapter side by side."""
+    trained = results["train"]
+    out.print(
+        f"\nTrained {results['parameters']:,} parameters in {trained['steps']} steps, "
+        f"{trained['seconds']:.0f} s ({trained['tokens_per_second']:,.0f} tokens/s), "
+        f"mean loss {trained['loss']:.4f}"
+    )
+    if "heldout" in results:
+        held = results["heldout"]
+        out.print(
+            f"Held-out loss on {held['n']} examples: base {held['base']:.4f}, "
+            f"adapter {held['adapter']:.4f}"
+        )
+    show_scores(results["tasks"])
+    for task in results["tasks"]:
+        show_samples(config, task)
+    out.print(f"\nEverything is in {config.directory}")
+
+
+def show_scores(tasks: Mapping[str, Any]) -> None:
+    """Print accuracies in per cent, with their standard errors."""
+    if not tasks:
+        return
+    table = Table(box=box.SIMPLE_HEAD, title="accuracy, % (± standard error)", title_justify="left")
+    table.add_column("task")
+    for name in ("examples", "base", "adapter"):
+        table.add_column(name, justify="right")
+    for name, scores in tasks.items():
+        ours = scores["adapter"]
+        table.add_row(name, str(ours["n"]), format_score(scores.get("base")), format_score(ours))
+    out.print(table)
+
+
+def show_samples(config: RunConfig, task: str) -> None:
+    """Print the first replies of base and adapter to the same prompts."""
+    folder = config.directory / "samples"
+    if not config.evaluate.show or not (folder / "base" / f"{task}.jsonl").is_file():
+        return
+    base, ours = (
+        evaluate.read_samples(folder / who / f"{task}.jsonl") for who in ("base", "adapter")
+    )
+    table = Table(box=box.ROUNDED, show_lines=True, title=f"{task}: held-out prompts")
+    for name in ("prompt", "base", "adapter"):
+        table.add_column(name, ratio=1)
+    example = get_task(task, config.data.data_dir or ".", limit=config.evaluate.limit).example
+    for one, other in list(zip(base, ours, strict=True))[: config.evaluate.show]:
+        prompt = example(one.index).prompt
+        text = prompt if isinstance(prompt, str) else one.prompt
+        table.add_row(*(escape(_shorten(t)) for t in (text, one.completion, other.completion)))
+    out.print(table)
+
+
+def _shorten(text: str, length: int = 240) -> str:
+    text = text.strip()
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def evaluate_adapter(
+    adapter: str,
+    tasks: Sequence[str],
+    data_dir: str,
+    limit: int | None,
+    batch_size: int,
+    base: bool,
+    folder: Path | None,
+    model: str | None,
+    dtype: str,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluate an adapter that exists; see the verb `evaluate`."""
+    found = [get_task(name, data_dir, limit=limit) for name in tasks]
+    reporter.say(f"Loading {adapter}")
+    loaded = load_adapter(adapter, base=model, dtype=dtype)
+    engine = HFEngine(loaded.model, loaded.tokenizer, batch_size)
+    results: dict[str, Any] = {}
+    for task in found:
+        results[task.name] = {}
+        for who in (["base"] if base else []) + ["adapter"]:
+            samples = folder / "samples" / who / f"{task.name}.jsonl" if folder else None
+
+            def tell(done: int, total: int, label: str = f"{task.name}, {who}") -> None:
+                reporter.evaluating(label, done, total)
+
+            if who == "base":
+                with loaded.model.disable_adapter():
+                    result = evaluate.run(task, engine, samples_path=samples, progress=tell)
+            else:
+                result = evaluate.run(task, engine, samples_path=samples, progress=tell)
+            results[task.name][who] = dataclasses.asdict(result)
+    if folder is not None:
+        write_text(folder / RESULTS, json.dumps({"tasks": results}, indent=2) + "\n")
+    return results
+
+
+def generate_replies(
+    adapter: str,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    template: str | None,
+    compare: bool,
+    model: str | None,
+    dtype: str,
+) -> None:
+    """Print a reply to each prompt; see the verb `generate`."""
+    loaded = load_adapter(adapter, base=model, dtype=dtype)
+    name = template or template_of(adapter_directory(adapter))
+    ids = [encode_prompt(prompt, loaded.tokenizer, name) for prompt in prompts]  # type: ignore[arg-type]
+    engine = HFEngine(loaded.model, loaded.tokenizer)
+    replies = [c.text.strip() for c in engine.generate(ids, sampling)]
+    if not compare:
+        for reply in replies:
+            out.print(escape(reply))
+        return
+    with loaded.model.disable_adapter():
+        plain = [c.text.strip() for c in engine.generate(ids, sampling)]
+    table = Table(box=box.ROUNDED, show_lines=True)
+    for column in ("prompt", "base", "adapter"):
+        table.add_column(column, ratio=1)
+    for row in zip(prompts, plain, replies, strict=True):
+        table.add_row(*(escape(cell) for cell in row))
+    out.print(table)
+
+
+def show_info(adapter: str) -> None:
+    """Print what an adapter is, from its config and the header of its weights alone."""
+    import peft
+
+    where = adapter_directory(adapter)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(where))
+    except ValueError as error:
+        raise RunError(f"{adapter!r} is no adapter: {error}") from error
+    if not isinstance(config, ReftConfig):
+        raise RunError(f"{adapter!r} is a {config.peft_type} adapter, not a ReFT.")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows: dict[str, Any] = {
+        "base model": config.base_model_name_or_path,
+        "method": f"{config.method}: {(config.intervention.__doc__ or '').splitlines()[0]}",
+        "rank": config.r,
+        "layers": config.layers,
+        "positions": f"{config.positions} of the prompt, tied: {config.tied}",
+        "subspaces": config.subspaces,
+        "dropout": config.dropout or None,
+        "activation": config.act_fn,
+        "also trained": config.modules_to_save,
+    }
+    weights = Path(where) / WEIGHTS
+    if weights.is_file():
+        shapes = read_shapes(weights)
+        count = sum(_product(shape) for shape in shapes.values())
+        rows["edited layers"] = len(
+            {key.partition(".reft.")[0] for key in shapes if ".reft." in key}
+        )
+        rows["parameters"] = f"{count:,} in {weights.stat().st_size:,} bytes"
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, escape(str(value)))
+    out.print(table)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def show_config_keys() -> None:
+    """Print every key of a run's YAML."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("key", "type", "default", "meaning"):
+        table.add_column(name, overflow="fold")
+    for row in describe():
+        table.add_row(*(escape(cell) for cell in row))
+    out.print(table)
+
+
+def show_schema() -> None:
+    """Print the JSON schema of a run's YAML."""
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+__all__ = ["ConsoleReporter", "Loaded"]
