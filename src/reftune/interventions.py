@@ -129,16 +129,22 @@ class Intervention(nn.Module, ABC):
         if self.orthonormal:
             self._retracted = self._stamp()
 
+    def raw_R(self) -> Tensor:
+        """Return R as it is stored: a plain tensor while FSDP runs the model's forward."""
+        R = self._parameters["R"]
+        assert R is not None
+        return R
+
     def _stamp(self) -> tuple[int, int] | None:
-        R = self.get_parameter("R")
+        R = self.raw_R()
         if R.is_meta or R.is_inference():
             return None
         return (R._version, id(R))
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if self.orthonormal and not self.get_parameter("R").is_meta:
-            R = self.get_parameter("R").detach().float()
+        if self.orthonormal and not self.raw_R().is_meta:
+            R = self.raw_R().detach().float()
             error = (R @ R.mT - torch.eye(R.shape[-2], device=R.device)).abs().max()
             if error < 1e-5:  # else it is retracted before its first use
                 self.mark_retracted()
@@ -160,10 +166,10 @@ def retract(interventions: Sequence[Intervention]) -> int:
     due = [phi for phi in interventions if phi.needs_retraction()]
     batches: dict[tuple[Any, ...], list[Intervention]] = {}
     for phi in due:
-        R = phi.get_parameter("R")
+        R = phi.raw_R()
         batches.setdefault((R.shape, R.device, R.dtype), []).append(phi)
     for batch in batches.values():
-        parameters: list[Tensor] = [phi.get_parameter("R") for phi in batch]
+        parameters = [phi.raw_R() for phi in batch]
         for parameter, R in zip(parameters, orthonormalise(torch.stack(parameters)), strict=True):
             parameter.copy_(R)
         for phi in batch:

@@ -46,6 +46,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
+        self.in_features = self.out_features = hidden_size  # PEFT's layers have both
         self.reft_phi = nn.ModuleDict()
         self.configs: dict[str, ReftConfig] = {}
         self.keys: dict[str, SlotKey] = {}
@@ -57,7 +58,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def add(self, adapter_name: str, config: ReftConfig, device: torch.device | None) -> None:
         """Give this layer fresh parameters for an adapter, on the device of the layer."""
         phi = config.build(self.hidden_size)
-        if device is not None and device.type != "meta":
+        if device is not None and device.type != "meta" and not _is_meta(phi):
             phi.to(device)
         self.reft_phi[adapter_name] = phi
         self.configs[adapter_name] = config
@@ -103,12 +104,21 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def get_base_layer(self) -> nn.Module:
         return self
 
+    @property
+    def weight(self) -> Tensor:
+        # PEFT's property asks the base layer, which is this one: it would never end.
+        raise AttributeError("A ReftLayer wraps no layer: it has no weight and no bias.")
+
+    bias = weight
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # PEFT also casts to the base's dtype here; an intervention keeps its own (config.dtype).
         if adapter_name in self.reft_phi and device is not None:
-            self.reft_phi[adapter_name].to(device)
+            phi = self.reft_phi[adapter_name]
+            if not _is_meta(phi):
+                phi.to(device)
 
     def _edit(self, hidden: Tensor, span: Span) -> Tensor:
         if self.disable_adapters:
@@ -209,6 +219,11 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if isinstance(strength, Tensor) or strength != 1.0:
             edit = edit * strength
         return torch.where(valid[..., None], edit, 0.0)
+
+
+def _is_meta(module: nn.Module) -> bool:
+    """Return whether parameters are yet to be loaded (PEFT's `low_cpu_mem_usage=True`)."""
+    return any(p.is_meta for p in module.parameters())
 
 
 def subspace_mask(

@@ -58,6 +58,15 @@ def find_layer_list(model: nn.Module) -> str:
     )
 
 
+def decoder_of(model: Any) -> nn.Module | None:
+    """Return the decoder of an encoder-decoder, all of whose tokens are generated."""
+    config = getattr(model, "config", None)  # the border to any model class
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return None
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None
+
+
 def _outermost_lists(model: nn.Module) -> dict[str, int]:
     """Return the paths and lengths of the lists of modules that lie in no other list."""
     found: dict[str, int] = {}
@@ -82,18 +91,14 @@ def _prompt_towers(model: nn.Module) -> list[str]:
 
 def _refuse_decoder(model: nn.Module, names: list[str]) -> None:
     """Raise where a module lies in the decoder of an encoder-decoder, whose prompt is elsewhere."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if not isinstance(decoder, nn.Module) or decoder is model:
-        return
-    inside = {id(module) for module in decoder.modules()}
+    decoder = decoder_of(model)
+    inside = set() if decoder is None else {id(module) for module in decoder.modules()}
     for name in names:
         if id(model.get_submodule(name)) in inside:
             raise ReftConfigError(
-                f"{name!r} is in the decoder of {type(model).__name__}, an encoder-decoder. Its "
-                "tokens are generated, and ReFT edits the prompt, which the encoder reads. Edit the "
-                "encoder (leave layers_path out), or the generated tokens with edit_generated=True."
+                f"{name!r} is in the decoder of {type(model).__name__}, an encoder-decoder: its "
+                "tokens are generated, and ReFT edits the prompt, which the encoder reads. Edit "
+                "the encoder (leave layers_path out), or generated tokens with edit_generated=True."
             )
 
 

@@ -49,7 +49,10 @@ def edit_mixed(layer: ReftLayer, h_BSd: Tensor, span: Span, names: Sequence[str]
     """
     B, S, _ = h_BSd.shape
     if len(names) == 0 or B % len(names):
-        raise ReftConfigError(f"adapter_names names {len(names)} examples, the batch has {B}.")
+        raise ReftConfigError(  # begins as PEFT's message does
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} names for a batch of {B}."
+        )
     per_example = [name for name in names for _ in range(B // len(names))]
     for kind, members in _kinds(layer, per_example, span).items():
         if kind.edit_generated or not span.is_past_prompt(S):

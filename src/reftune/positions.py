@@ -115,15 +115,17 @@ def assign_slots(
     empty: int,
     rule: str,
     segments_BT: Tensor | None = None,
+    lengths_B: Tensor | None = None,
 ) -> Tensor:
     """Return the slot of each token: a rank in the prefix, `suffix_start` + one in the suffix.
 
     Tokens that are not edited get `empty`. `prefix` and `suffix` are counts, or tensors (B, 1) of
     them. `segments_BT` numbers the sequences packed into a row; each has a prompt of its own.
+    `lengths_B` tells how long prompts are that go on beyond the T columns.
     """
     rank_BT = prompt_BT.long().cumsum(-1) - 1
     if segments_BT is None:
-        n = prompt_BT.sum(-1, keepdim=True)
+        n = prompt_BT.sum(-1, keepdim=True) if lengths_B is None else lengths_B[:, None]
     else:
         counts = torch.zeros_like(rank_BT).scatter_add(-1, segments_BT, prompt_BT.long())
         n = counts.gather(-1, segments_BT)

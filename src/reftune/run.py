@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import yaml
 
 from reftune import demo, evaluate
+from reftune.callbacks import CHECKPOINTS, Progress
 from reftune.card import model_card
 from reftune.config import ReftConfig
 from reftune.data import Collator, TokenDataset, load_rows, split_examples, to_examples
@@ -38,7 +39,7 @@ from reftune.settings import RunConfig
 from reftune.tasks import get_task
 from reftune.tasks.commonsense import NAMES as COMMONSENSE
 from reftune.tasks.commonsense import training_examples
-from reftune.train import CHECKPOINTS, LOG, Progress, Trained, fit, heldout_cross_entropy
+from reftune.train import LOG, Trained, fit, heldout_cross_entropy
 
 DEMO_SPLITS = {"train": demo.TRAIN, "heldout": demo.HELDOUT}
 ADAPTER = "adapter"

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from reftune.config import ReftConfig
-from reftune.errors import ReftConfigError, did_you_mean
+from reftune.errors import PositionError, ReftConfigError, did_you_mean
 from reftune.models import DType
 from reftune.prompts import LongPrompts, TemplateName
 from reftune.train import TrainSettings
@@ -132,7 +132,10 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ReftConfigError(f"{where}: " + "; ".join(_problems(error))) from error
-    config.reft_config()  # its own checks, before any model is loaded
+    try:
+        config.reft_config()  # its own checks, before any model is loaded
+    except (ReftConfigError, PositionError) as error:
+        raise ReftConfigError(f"{where}: adapter: {error}") from error
     return config
 
 

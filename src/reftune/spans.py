@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from reftune.errors import PositionError
+from reftune.errors import PositionError, ReftuneError
 from reftune.positions import (
     Positions,
     Rows,
@@ -74,6 +74,10 @@ class Options:
 
 
 _CACHES = ("past_key_values", "cache_params", "state")  # transformers', Mamba's, RWKV's names
+PAGED = (
+    "transformers' continuous batching (generate_batch, cache_implementation='paged') does not say "
+    "where prompts end, so ReFT cannot tell what to edit. Use generate with padded batches."
+)
 FORWARD_OPTIONS = ("prompt_mask", "prompt_lengths", "subspaces")
 
 
@@ -126,11 +130,13 @@ class Entry:
         model: identifies the model; calls of its other entries within a call are not outermost.
         causal_lm: whether `labels` are those of a causal language model.
         argument_names: of `forward`, to tell positional arguments.
+        generated: whether all its tokens are: it is the decoder of an encoder-decoder.
     """
 
     model: object
     causal_lm: bool
     argument_names: list[str]
+    generated: bool = False
 
 
 @dataclass(eq=False)
@@ -147,6 +153,7 @@ class Span:
     labels: Tensor | None = None
     position_ids: Tensor | None = None
     past: int | Tensor = 0
+    generated: bool = False
     options: Options = field(default_factory=Options)
     generation: _Generation | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
@@ -154,6 +161,8 @@ class Span:
     def is_past_prompt(self, S: int) -> bool:
         """Return whether this forward of S tokens is known to hold no prompt (reads no tensor)."""
         o = self.options
+        if self.generated:
+            return True
         if not isinstance(self.past, int) or self.past == 0 or self.labels is not None:
             return False
         if o.prompt_lengths is not None:
@@ -215,14 +224,17 @@ class Span:
             explicit = _require_batch("prompt_mask", o.prompt_mask.to(device), B).bool()
             return _fit(explicit, T, "prompt_mask") & attended, attended, segments
         if o.prompt_lengths is not None:
-            lengths = torch.as_tensor(o.prompt_lengths, device=device).view(-1, 1)
-            lengths = _require_batch("prompt_lengths", lengths, B)
+            lengths = self._lengths(o.prompt_lengths, B, device)[:, None]
             return attended & (attended.cumsum(-1) <= lengths), attended, segments
         if self.labels is not None:
             labels = _match_batch(self.labels.to(device), B)
             if labels is not None and labels.shape[1] == S == T:
                 return before_first_label(labels, segments) & attended, attended, segments
         return self._without_labels(attended, S), attended, segments
+
+    def _lengths(self, given: Tensor, B: int, device: torch.device) -> Tensor:
+        lengths = torch.as_tensor(given, device=device).view(-1)
+        return _require_batch("prompt_lengths", lengths, B)
 
     def _without_labels(self, attended: Tensor, S: int) -> Tensor:
         T = attended.shape[1]
@@ -266,10 +278,18 @@ class Span:
     def _slots(
         self, key: Any, p: int | Tensor, s: int | Tensor, B: int, S: int, device: torch.device
     ) -> Tensor:
+        if self.generated:
+            takes_part = torch.as_tensor(p, device=device) + s > 0
+            slot = key.num_slots - 1 if key.edit_generated else key.num_slots
+            return torch.where(takes_part, slot, key.num_slots).expand(B, S)
         prompt, attended, segments = self.prompt(B, S, device)
         if key.positions.everything:  # p is 1, or tells for each example whether it takes part
             slot = torch.where(prompt & (torch.as_tensor(p, device=device) > 0), 0, key.num_slots)
         else:
+            o, lengths = self.options, None
+            if o.prompt_lengths is not None and o.prompt_mask is None:
+                # A prompt that comes in chunks is longer than what has been seen of it.
+                lengths = self._lengths(o.prompt_lengths, B, device)
             slot = assign_slots(
                 prompt,
                 p,
@@ -278,10 +298,16 @@ class Span:
                 empty=key.num_slots,
                 rule=key.short_prompts,
                 segments_BT=segments,
+                lengths_B=lengths,
             )
         if key.edit_generated:
             takes_part = torch.as_tensor(p, device=device) + s > 0
             slot = torch.where(attended & ~prompt & takes_part, key.num_slots - 1, slot)
+            if isinstance(self.past, Tensor):  # how far the sequence goes is not known on the host
+                generated = torch.where(takes_part, key.num_slots - 1, key.num_slots)
+                slot = torch.cat([slot, generated.view(-1, 1).expand(B, S)], dim=1)
+                past = self.past.clamp(max=slot.shape[1] - S)
+                return take_columns(slot, past, S, key.num_slots)
         return take_columns(slot, self.past, S, key.num_slots)
 
 
@@ -312,7 +338,14 @@ def current_span() -> Span:
 
     A layer that is called by itself, outside any model, has one where every token is prompt.
     """
-    return _span.get() or Span(options=_options.get(), generation=_generation.get())
+    span = _span.get()
+    if span is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+        raise ReftuneError(
+            "An edited layer is recomputed during the backward, by a checkpointing wrapper that "
+            "ReFT cannot see, where the prompt is not known. Use the model's own "
+            "gradient_checkpointing_enable() (gradient_checkpointing=True of the Trainer)."
+        )
+    return span or Span(options=_options.get(), generation=_generation.get())
 
 
 def open_span(
@@ -324,15 +357,19 @@ def open_span(
     where the call is an inner one.
     """
     outer = _span.get()
-    if outer is not None and outer.model is entry.model and outer.owner is not module:
-        _refine(outer, _bind(entry, args, kwargs))
-        return kwargs, None
     given = _options.get()
+    if outer is not None and outer.model is entry.model and outer.owner is not module:
+        if not entry.generated:
+            _refine(outer, _bind(entry, args, kwargs))
+            return kwargs, None
+        given = outer.options
     own = {k: kwargs[k] for k in FORWARD_OPTIONS if kwargs.get(k) is not None}
     if own:
         given = replace(given, **own)
     kwargs = {k: v for k, v in kwargs.items() if k not in FORWARD_OPTIONS}
     call = _bind(entry, args, kwargs)
+    if type(call.get("cache")).__name__ == "PagedAttentionCache":
+        raise PositionError(PAGED)
     ids, position_ids, labels = (call.get(k) for k in ("input_ids", "position_ids", "labels"))
     is_token_labels = entry.causal_lm and isinstance(labels, Tensor) and labels.dim() == 2
     span = Span(
@@ -343,6 +380,7 @@ def open_span(
         labels=labels if is_token_labels else None,
         position_ids=position_ids if isinstance(position_ids, Tensor) else None,
         past=_past_length(call, ids),
+        generated=entry.generated,
         options=given,
         generation=_generation.get(),
     )
@@ -380,9 +418,10 @@ class SpanCarrier:
         return self.function(run_in_span, *args, **kwargs)
 
 
-def entry_of(module: nn.Module, model: object, causal_lm: bool) -> Entry:
+def entry_of(module: nn.Module, model: object, causal_lm: bool, generated: bool = False) -> Entry:
     """Describe `module` as an entry of `model`."""
-    return Entry(model, causal_lm, list(inspect.signature(module.forward).parameters))
+    names = list(inspect.signature(module.forward).parameters)
+    return Entry(model, causal_lm, names, generated)
 
 
 @contextmanager
@@ -429,7 +468,8 @@ def _past_length(call: dict[str, Any], ids: Any) -> int | Tensor:
     if hasattr(cache, "get_seq_length"):
         try:
             length: int | Tensor = cache.get_seq_length()
-            return length
+            # A static cache gives the tensor that its layers increment during this very forward.
+            return length.clone() if isinstance(length, Tensor) else length
         except ValueError:  # a cache of linear attention alone does not count its tokens
             if not cache.has_previous_state():
                 return 0

@@ -8,34 +8,36 @@ run at once, and a resumed run goes on as if it had not been interrupted.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, final
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
+from torch.utils.data import Sampler
 from transformers import (
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from reftune.callbacks import (
+    CHECKPOINTS,
+    Interrupt,
+    LogFile,
+    Progress,
+    StopAtNaN,
+    Watch,
+    last_checkpoint,
+    step_of,
+)
 from reftune.data import Collator, TokenDataset
 from reftune.errors import RunError
 
 LOG = "log.jsonl"
-CHECKPOINTS = "checkpoints"
 
 
 class TrainSettings(BaseModel):
@@ -112,17 +114,6 @@ class TrainSettings(BaseModel):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where training is, for a progress bar; `tokens_per_second` counts real tokens."""
-
-    step: int
-    total_steps: int
-    loss: float | None
-    learning_rate: float | None
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
 class Trained:
     """What a run of `fit` came to; `interrupted` runs can be resumed."""
 
@@ -157,15 +148,15 @@ def fit(
             f"There is no whole checkpoint in {directory / CHECKPOINTS} to resume from. Start "
             "again without --resume (with --overwrite, if the directory holds a run)."
         )
-    log = _Log(directory / LOG, after_step=_step_of(checkpoint))
-    watch = _Watch(train, settings, on_progress)
-    interrupt = _Interrupt()
-    trainer = Trainer(
+    log = LogFile(directory / LOG, after_step=step_of(checkpoint))
+    watch = Watch(train, settings.total_steps(len(train)), on_progress)
+    interrupt = Interrupt()
+    trainer = _Trainer(
         model=model,
         args=settings.arguments(directory, seed, len(train)),
         train_dataset=train,
         data_collator=collator,
-        callbacks=[log, watch, interrupt, _StopAtNaN(directory)],
+        callbacks=[log, watch, interrupt, StopAtNaN(directory)],
     )
     _silence_printing(trainer)
     start = time.perf_counter()
@@ -189,8 +180,6 @@ def heldout_cross_entropy(
     model: Any, data: TokenDataset, collator: Collator, batch_size: int
 ) -> float:
     """Return the mean cross-entropy (nats per completion token) of a model on a data set."""
-    import torch
-
     was_training, total, count = model.training, 0.0, 0
     model.eval()
     order = sorted(range(len(data)), key=lambda i: -data.lengths[i])
@@ -207,30 +196,7 @@ def heldout_cross_entropy(
     return total / max(count, 1)
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """Return the newest checkpoint of a run that was written to its end."""
-    found = [path for path in (directory / CHECKPOINTS).glob("checkpoint-*") if _is_whole(path)]
-    return max(found, key=_step_of, default=None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has all its files: transformers writes the state last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
-            pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return all((checkpoint / name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-
-
 def _has_accelerator() -> bool:
-    import torch
-
     return torch.cuda.is_available()
 
 
@@ -241,141 +207,42 @@ def _silence_printing(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-class _Log(TrainerCallback):
-    """Append what the Trainer logs to a JSONL file, a line at a time."""
+@final
+class EpochSampler(Sampler[int]):
+    """An order of the examples that depends on seed and epoch alone.
 
-    def __init__(self, path: Path, after_step: int) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.is_file() and after_step else []
-        kept = [line for line in lines if _logged_step(line) <= after_step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(part, path)
+    transformers' own samplers draw from the global random state, so that a run resumed within an
+    epoch would see other batches than the run it continues.
+    """
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        row = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def __init__(self, lengths: Sequence[int], batch_size: int | None, seed: int) -> None:
+        """Group by length in batches of `batch_size`, or not at all (None)."""
+        self._lengths, self._batch_size, self._seed = list(lengths), batch_size, seed
+        self._epoch = 0
 
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; the Trainer calls this."""
+        self._epoch = epoch
 
-def _logged_step(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a torn last line of a killed run
-        return 1 << 62
+    def __len__(self) -> int:
+        return len(self._lengths)
 
-
-class _Watch(TrainerCallback):
-    """Count tokens and tell a progress bar where training is."""
-
-    def __init__(
-        self,
-        data: TokenDataset,
-        settings: TrainSettings,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self._tokens_per_epoch = sum(data.lengths)
-        self._start_epoch = 0.0
-        self.tokens = 0
-        self._on_progress = on_progress
-        self._total = settings.total_steps(len(data))
-        self._start = time.perf_counter()
-        self._loss: float | None = None
-        self._learning_rate: float | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start, self._start_epoch = time.perf_counter(), state.epoch or 0.0
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
-        self._loss = logs.get("loss", self._loss)
-        self._learning_rate = logs.get("learning_rate", self._learning_rate)
-        self._tell(state)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._tell(state)
-
-    def _tell(self, state: TrainerState) -> None:
-        self.tokens = round(((state.epoch or 0.0) - self._start_epoch) * self._tokens_per_epoch)
-        if self._on_progress is not None:
-            rate = self.tokens / max(time.perf_counter() - self._start, 1e-9)
-            total = state.max_steps or self._total
-            self._on_progress(
-                Progress(state.global_step, total, self._loss, self._learning_rate, rate)
-            )
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
+        if self._batch_size is None:
+            yield from torch.randperm(len(self), generator=generator).tolist()
+        else:
+            size = self._batch_size
+            order = get_length_grouped_indices(self._lengths, size, None, generator)  # type: ignore[no-untyped-call]
+            yield from order
 
 
-class _StopAtNaN(TrainerCallback):
-    """End the run when the loss is no number: what comes after would only cost time."""
+class _Trainer(Trainer):
+    """transformers' Trainer with an order of examples that survives a resume."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if math.isfinite(loss):
-            return
-        good = last_checkpoint(self._directory)
-        rest = f"The last whole checkpoint is {good}." if good else "No checkpoint was written yet."
-        raise RunError(
-            f"The loss is {loss} at step {state.global_step} (learning rate "
-            f"{args.learning_rate:g}). Try a lower train.learning_rate, some train.warmup_ratio, "
-            f"or dtype float32. {rest} No adapter was saved."
-        )
-
-
-class _Interrupt(TrainerCallback):
-    """Turn the first Ctrl-C into: finish the step, save a checkpoint, stop."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def handling(self) -> Iterator[None]:
-        """Handle SIGINT in a block; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._on_signal)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if self.asked:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        assert isinstance(data, TokenDataset)
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(data.lengths, size if grouped else None, self.args.seed)

@@ -24,12 +24,13 @@ from transformers import GenerationMixin
 
 from reftune.checkpoint import check_before_injection, check_state_dict
 from reftune.config import ReftConfig
-from reftune.errors import MergeError, ReftConfigError, did_you_mean
+from reftune.errors import MergeError, PositionError, ReftConfigError, did_you_mean
 from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
-from reftune.layers import find_targets
+from reftune.layers import decoder_of, find_targets
 from reftune.mixed import BASE
 from reftune.spans import (
+    PAGED,
     Span,
     SpanCarrier,
     close_span,
@@ -265,6 +266,7 @@ def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
     """Hook every module on the way to an edited layer: any of them may be what a caller calls."""
     root = _root_of(model)
     causal_lm = _is_causal_lm(model) or getattr(config.task_type, "value", "") == "CAUSAL_LM"
+    decoder = decoder_of(model)
     paths = {""}
     for name in root.layers:
         parts = name.split(".")[:-1]
@@ -273,7 +275,7 @@ def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
         module = model.get_submodule(path)
         if isinstance(module, nn.ModuleList) or _ENTRY in vars(module):
             continue
-        object.__setattr__(module, _ENTRY, entry_of(module, root, causal_lm))
+        object.__setattr__(module, _ENTRY, entry_of(module, root, causal_lm, module is decoder))
         root.entries.append(module)
         root.handles.append(module.register_forward_pre_hook(_open, with_kwargs=True))
         root.handles.append(module.register_forward_hook(_close, always_call=True))
@@ -333,6 +335,8 @@ def _retract_active(root: Root, span: Span) -> None:
 
 @functools.wraps(GenerationMixin.generate)
 def _generate(self: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    if kwargs.get("cache_implementation") == "paged":
+        raise PositionError(PAGED)
     generate = type(self).generate
     given = [inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs")]
     prompt = next((t for t in given if isinstance(t, Tensor)), None)

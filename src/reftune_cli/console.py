@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 from reftune import evaluate
+from reftune.callbacks import Progress as Training
 from reftune.card import format_score
 from reftune.checkpoint import WEIGHTS, read_shapes
 from reftune.config import ReftConfig
@@ -40,7 +41,6 @@ from reftune.run import (
 )
 from reftune.settings import RunConfig, describe
 from reftune.tasks import get_task
-from reftune.train import Progress as Training
 
 out = Console(highlight=False, soft_wrap=False)
 

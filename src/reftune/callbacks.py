@@ -1,0 +1,196 @@
+"""What a run adds to transformers' Trainer by callbacks: log, progress, Ctrl-C, a stop at NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from reftune.data import TokenDataset
+from reftune.errors import RunError
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is, for a progress bar; `tokens_per_second` counts real tokens."""
+
+    step: int
+    total_steps: int
+    loss: float | None
+    learning_rate: float | None
+    tokens_per_second: float
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """Return the newest checkpoint of a run that was written to its end."""
+    found = [path for path in (directory / CHECKPOINTS).glob("checkpoint-*") if _is_whole(path)]
+    return max(found, key=step_of, default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has all its files: transformers writes the state last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all((checkpoint / name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
+
+
+def step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+
+
+class LogFile(TrainerCallback):
+    """Append what the Trainer logs to a JSONL file, a line at a time."""
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.is_file() and after_step else []
+        kept = [line for line in lines if _logged_step(line) <= after_step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(part, path)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        row = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _logged_step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a torn last line of a killed run
+        return 1 << 62
+
+
+class Watch(TrainerCallback):
+    """Count tokens and tell a progress bar where training is."""
+
+    def __init__(
+        self,
+        data: TokenDataset,
+        total_steps: int,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._tokens_per_epoch = sum(data.lengths)
+        self._start_epoch = 0.0
+        self.tokens = 0
+        self._on_progress = on_progress
+        self._total = total_steps
+        self._start = time.perf_counter()
+        self._loss: float | None = None
+        self._learning_rate: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start, self._start_epoch = time.perf_counter(), state.epoch or 0.0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        self._loss = logs.get("loss", self._loss)
+        self._learning_rate = logs.get("learning_rate", self._learning_rate)
+        self._tell(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tell(state)
+
+    def _tell(self, state: TrainerState) -> None:
+        self.tokens = round(((state.epoch or 0.0) - self._start_epoch) * self._tokens_per_epoch)
+        if self._on_progress is not None:
+            rate = self.tokens / max(time.perf_counter() - self._start, 1e-9)
+            total = state.max_steps or self._total
+            self._on_progress(
+                Progress(state.global_step, total, self._loss, self._learning_rate, rate)
+            )
+
+
+class StopAtNaN(TrainerCallback):
+    """End the run when the loss is no number: what comes after would only cost time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if math.isfinite(loss):
+            return
+        good = last_checkpoint(self._directory)
+        rest = f"The last whole checkpoint is {good}." if good else "No checkpoint was written yet."
+        raise RunError(
+            f"The loss is {loss} at step {state.global_step} (learning rate "
+            f"{args.learning_rate:g}). Try a lower train.learning_rate, some train.warmup_ratio, "
+            f"or dtype float32. {rest} No adapter was saved."
+        )
+
+
+class Interrupt(TrainerCallback):
+    """Turn the first Ctrl-C into: finish the step, save a checkpoint, stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle SIGINT in a block; only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,201 @@
+"""A run from its config to its directory, and what happens when it is interrupted or broken."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tests.runs import tiny_run
+from transformers import AutoModelForCausalLM
+
+from reftune import run as run_module
+from reftune.callbacks import Progress, last_checkpoint
+from reftune.errors import DataError, ReftConfigError, RunError
+from reftune.plots import read_log
+from reftune.run import Silent, execute, load_adapter
+from reftune.settings import RunConfig, load_config
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    # transformers' Trainer pins memory by a function that torch deprecates
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+]
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [row["loss"] for row in read_log(config.directory / "log.jsonl") if "loss" in row]
+
+
+def adapter_tensors(config: RunConfig) -> dict[str, torch.Tensor]:
+    return load_file(config.directory / "adapter" / "adapter_model.safetensors")
+
+
+class InterruptAt(Silent):
+    """Press Ctrl-C when training reaches a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def training(self, progress: Progress) -> None:
+        if progress.step == self.step:
+            self.step = -1
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_leaves_everything_in_its_directory(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, data={"heldout_fraction": 0.25})
+    results = execute(config)
+    directory = config.directory
+    for name in ("config.yaml", "log.jsonl", "results.json", "loss.png", "adapter/README.md"):
+        assert (directory / name).stat().st_size > 0, name
+    assert json.loads((directory / "results.json").read_text()) == results
+    assert load_config(directory / "config.yaml") == config
+    assert results["examples"] == 9
+    assert results["heldout"]["n"] == 3
+    assert not list(directory.glob(".*")), "no temporary file is left behind"
+
+
+def test_training_lowers_the_loss_and_the_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, train={"epochs": 30})
+    results = execute(config)
+    assert losses(config)[-1] < losses(config)[0] - 0.5
+    base = AutoModelForCausalLM.from_pretrained(config.model)
+    model = PeftModel.from_pretrained(base, str(config.directory / "adapter"))
+    loaded = load_adapter(config.directory, dtype="float32")
+    ids = torch.arange(3, 15)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, loaded.model(ids).logits)
+    assert results["train"]["steps"] == 60
+
+
+def test_an_interrupted_run_resumes_and_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = tiny_run(tmp_path / "a", adapter={"dropout": 0.1})
+    execute(whole)
+    broken = tiny_run(tmp_path / "b", adapter={"dropout": 0.1})
+    with pytest.raises(RunError, match="interrupted at step 3.*--resume"):
+        execute(broken, reporter=InterruptAt(3))
+    assert not (broken.directory / "adapter").exists()
+    execute(broken, resume=True)
+    assert losses(broken) == losses(whole)
+    for name, tensor in adapter_tensors(whole).items():
+        assert torch.equal(tensor, adapter_tensors(broken)[name]), name
+
+
+def test_ctrl_c_is_the_users_again_after_training(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    execute(tiny_run(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_torn_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    with pytest.raises(RunError):
+        execute(config, reporter=InterruptAt(5))
+    newest = last_checkpoint(config.directory)
+    assert newest is not None
+    assert newest.name == "checkpoint-5"
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    older = last_checkpoint(config.directory)
+    assert older is not None
+    assert older.name == "checkpoint-4"
+    execute(config, resume=True)
+    assert len(losses(config)) == 6
+
+
+def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    with pytest.raises(RunError):
+        execute(config, reporter=InterruptAt(3))
+    with (config.directory / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+    execute(config, resume=True)
+    assert 99.0 not in losses(config)
+    assert len(losses(config)) == 6
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach = run_module._attach
+
+    def broken(config: RunConfig) -> Any:
+        loaded = attach(config)
+        with torch.no_grad():
+            next(p for p in loaded.model.parameters() if p.requires_grad).fill_(torch.nan)
+        return loaded
+
+    monkeypatch.setattr(run_module, "_attach", broken)
+    config = tiny_run(tmp_path)
+    with pytest.raises(RunError, match="loss is nan at step 1.*lower train.learning_rate"):
+        execute(config)
+    assert not (config.directory / "adapter").exists()
+    assert not (config.directory / "results.json").exists()
+
+
+def test_an_earlier_run_is_neither_skipped_nor_overwritten_unasked(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    execute(config)
+    before = adapter_tensors(config)
+    with pytest.raises(RunError, match="holds a run already"):
+        execute(config)
+    other = tiny_run(tmp_path, train={"learning_rate": 2e-2})
+    with pytest.raises(RunError, match=r"other settings \(train.learning_rate\)"):
+        execute(other, resume=True)
+    execute(other, overwrite=True)
+    assert any(not torch.equal(t, before[k]) for k, t in adapter_tensors(other).items())
+
+
+def test_a_directory_that_is_no_run_is_never_replaced(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    config.directory.mkdir(parents=True)
+    precious = config.directory / "thesis.tex"
+    precious.write_text("years of work")
+    with pytest.raises(RunError, match="no run of reftune"):
+        execute(config, overwrite=True)
+    assert precious.read_text() == "years of work"
+
+
+def test_resume_without_a_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no whole checkpoint"):
+        execute(tiny_run(tmp_path), resume=True)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path: Path) -> None:
+    configs = [tiny_run(tmp_path / name) for name in "ab"]
+    for config in configs:
+        execute(config)
+    first, second = (adapter_tensors(config) for config in configs)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    other = configs[1].model_copy(update={"seed": 7, "name": "other"})
+    execute(other)
+    assert not torch.equal(adapter_tensors(other)[next(iter(first))], next(iter(first.values())))
+
+
+def test_wrong_inputs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere.jsonl"):
+        execute(tiny_run(tmp_path, data={"train": str(tmp_path / "nowhere.jsonl")}))
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(ReftConfigError, match=r"data.data_dir"):
+        execute(tiny_run(tmp_path, data={"train": ["boolq"]}))
+    with pytest.raises(RunError, match="is no adapter"):
+        load_adapter(tmp_path)
+
+
+def test_evaluation_compares_base_and_adapter_on_the_same_prompts(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, data={"template": "none"}, evaluate={"tasks": ["demo"], "limit": 2})
+    results = execute(config)
+    assert set(results["tasks"]["demo"]) == {"base", "adapter"}
+    texts = []
+    for who in ("base", "adapter"):
+        lines = (config.directory / "samples" / who / "demo.jsonl").read_text().splitlines()
+        texts.append([json.loads(line) for line in lines[1:]])
+    base, ours = texts
+    assert [row["prompt"] for row in base] == [row["prompt"] for row in ours]
+    assert [row["completion"] for row in base] != [row["completion"] for row in ours]
