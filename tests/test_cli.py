@@ -1,0 +1,140 @@
+"""The verbs, run in this process on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from reftune.run import execute
+from reftune_cli import app
+from reftune_cli.chat import Chat, load_chat
+from tests.runs import tiny_run
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+]
+
+VERBS = {"train", "evaluate", "generate", "chat", "info", "config", "version"}
+
+
+def invoke(*args: str, text: str | None = None) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(args), input=text, env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run that was trained."""
+    config = tiny_run(
+        tmp_path_factory.mktemp("cli"),
+        adapter={"r": 8},
+        train={"epochs": 40, "learning_rate": 5e-2, "save_steps": 50},
+    )
+    execute(config)
+    return config.directory
+
+
+def test_the_verbs_and_their_flags_are_these() -> None:
+    names = {(command.name or command.callback.__name__) for command in app.registered_commands}  # type: ignore[union-attr]
+    assert names == VERBS
+
+
+def test_train_runs_a_yaml_with_overrides(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(config.to_yaml())
+    code, output = invoke("train", str(path), "name=other", "adapter.r=3", "train.max_steps=2")
+    assert code == 0, output
+    results = json.loads((tmp_path / "runs" / "other" / "results.json").read_text())
+    assert results["train"]["steps"] == 2
+    assert f"{results['parameters']:,}" in output
+    code, output = invoke("train", str(path), "name=other")
+    assert code == 1
+    assert "holds a run already" in output
+
+
+def test_a_wrong_key_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\nmodle: y\ndata: {train: demo}\n")
+    code, output = invoke("train", str(path))
+    assert code == 1
+    assert "Did you mean 'model'" in output
+    assert "Traceback" not in output
+
+
+def test_info_describes_the_adapter(finished: Path) -> None:
+    code, output = invoke("info", str(finished))
+    assert code == 0
+    for text in ("LoReFT", "f2+l2", "parameters"):
+        assert text in output
+    code, output = invoke("info", str(finished / "nowhere"))
+    assert code == 1
+    assert "is no adapter" in output
+
+
+def test_generate_differs_from_the_base_and_is_what_compare_shows(finished: Path) -> None:
+    options = ("--max-new-tokens", "6", "--dtype", "float32")
+    code, alone = invoke("generate", str(finished), "say aa", *options)
+    assert code == 0, alone
+    code, both = invoke("generate", str(finished), "say aa", "--compare", *options)
+    assert code == 0
+    assert "prompt" in both
+    code, lines = invoke("generate", str(finished), "-", *options, text="say aa\n\nsay bb\n")
+    assert code == 0
+    assert lines.startswith(alone.split("\n")[0])
+
+
+def test_evaluate_writes_and_resumes(finished: Path, tmp_path: Path) -> None:
+    args = ("evaluate", str(finished), "--tasks", "demo", "--limit", "2", "--out", str(tmp_path))
+    code, output = invoke(*args)
+    assert code == 0, output
+    first = (tmp_path / "samples" / "adapter" / "demo.jsonl").read_text()
+    code, output = invoke(*args)
+    assert code == 0, output
+    assert (tmp_path / "samples" / "adapter" / "demo.jsonl").read_text() == first
+    code, output = invoke("evaluate", str(finished), "--tasks", "dmo")
+    assert code == 1
+    assert "Did you mean 'demo'" in output
+
+
+def test_config_prints_every_key_and_a_schema() -> None:
+    code, output = invoke("config")
+    assert code == 0
+    assert "train.learning_rate" in output
+    code, output = invoke("config", "--schema")
+    assert "learning_rate" in json.dumps(json.loads(output))
+
+
+def test_chat_switches_between_adapter_strength_and_base(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from reftune.generate import Sampling
+
+    loaded, names, template = load_chat(
+        [f"one={finished}", f"two={finished / 'adapter'}"], None, "float32"
+    )
+    assert names == ["one", "two"]
+    chat = Chat(loaded, names, template, Sampling(max_new_tokens=12), None)
+    replies = {}
+    for commands in ((), ("/base",), ("/adapter two",), ("/strength 0",), ("/strength 1",)):
+        for command in commands:
+            chat.handle(command)
+        chat.reset()
+        chat.handle("say aa")
+        replies[commands] = chat.messages[-1]["content"]
+    assert replies[()] != replies[("/base",)]
+    assert replies[()] == replies[("/adapter two",)] == replies[("/strength 1",)]
+    assert replies[("/strength 0",)] == replies[("/base",)]
+    capsys.readouterr()
+    for command, says in (
+        ("/adapter tow", "Did you mean 'two'"),
+        ("/strength much", "is no number"),
+        ("/adaptr", "Did you mean '/adapter'"),
+        ("/help", "/strength X"),
+    ):
+        chat.handle(command)
+        assert says in capsys.readouterr().out

@@ -1,0 +1,64 @@
+"""What the documents show is what runs: their Python is run, their commands are parsed."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from transformers import AutoModelForCausalLM
+
+from reftune.settings import load_config
+from reftune_cli import app
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_python_blocks_run_one_after_the_other(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny model stands in for the one of the Hub."""
+
+    def tiny(name: str, *args: Any, **kwargs: Any) -> Any:
+        assert name == HUB_MODEL
+        return tiny_llama()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", tiny)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in blocks(path, "python"):
+        exec(compile(code, str(path), "exec"), names)
+
+
+def commands(path: Path) -> list[list[str]]:
+    lines = "\n".join(blocks(path, "bash")).splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w for w in words if w and w[0] == "reftune"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_commands_have_the_verbs_and_options_they_show(path: Path) -> None:
+    group: Any = typer.main.get_command(app)
+    for _, verb, *args in commands(path):
+        command = group.commands[verb]
+        command.make_context(verb, list(args))  # raises for an unknown option
+        if verb == "train" and "--resume" not in args:
+            load_config(ROOT / args[0], args[1:])
+
+
+def test_the_make_targets_that_documents_name_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"^(?:    )?make ([a-z-]+)", path.read_text(), re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), (path.name, target)
