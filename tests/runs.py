@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reftune.settings import RunConfig, parse_config
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 
 ROWS = [{"prompt": f"say {c}{c}", "completion": f"{c}!"} for c in "abcdefghijkl"]
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from reftune.run import execute
 from reftune_cli import app
 from reftune_cli.chat import Chat, load_chat
-from tests.runs import tiny_run
+from runs import tiny_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from reftune.settings import load_config
 from reftune_cli import app
-from tests.tiny import tiny_llama
+from tiny import tiny_llama
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

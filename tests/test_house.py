@@ -12,9 +12,12 @@ SRC = Path(__file__).parent.parent / "src"
 # The reading order. A module imports only modules above it.
 ROOMS = (
     "errors",
+    "orthonormal",
     "interventions",
     "positions",
     "config",
+    "masks",
+    "context",
     "spans",
     "mixed",
     "layers",

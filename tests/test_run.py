@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.runs import tiny_run
+from runs import tiny_run
 from transformers import AutoModelForCausalLM
 
 from reftune import run as run_module

@@ -4,6 +4,7 @@ Importing this package registers the method with PEFT.
 """
 
 from reftune.config import ReftConfig
+from reftune.context import options
 from reftune.errors import (
     AdapterMismatchError,
     DataError,
@@ -16,7 +17,6 @@ from reftune.errors import (
 )
 from reftune.interventions import METHODS, Intervention
 from reftune.positions import Positions
-from reftune.spans import options
 from reftune.tuner import ReftModel, reft_layers, set_strength, set_subspaces
 
 __version__ = "0.1.0"

@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def check_before_injection(config: ReftConfig, targets: Mapping[str, int]) -> None:
     """Check the weights beside a config that was loaded from a directory; nothing otherwise.
 
-    Raises AdapterMismatchError. Only the header of the file is read.
+    Raises AdapterMismatchError.
     """
     path = config.checkpoint
     if path is None or not (path / WEIGHTS).is_file():
@@ -39,6 +39,8 @@ def check_before_injection(config: ReftConfig, targets: Mapping[str, int]) -> No
     found = read_shapes(path / WEIGHTS)
     own = {k: shape for k, shape in found.items() if _MARK in k}
     _compare(expected, own, str(path / WEIGHTS))
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        _require_finite({key: file.get_tensor(key) for key in file.keys()}, str(path / WEIGHTS))  # noqa: SIM118
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -51,6 +53,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     }
     found = {k: tuple(t.shape) for k, t in state_dict.items() if _MARK in k}
     _compare(_without_prefix(expected), _without_prefix(found), f"adapter {adapter_name!r}")
+    _require_finite(state_dict, f"adapter {adapter_name!r}")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -67,6 +70,15 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             "download it again."
         ) from error
     return _without_prefix(shapes)
+
+
+def _require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise AdapterMismatchError(
+                f"{what}: {key.removeprefix(_PREFIX)} has values that are not finite. The training "
+                "diverged: load an earlier checkpoint."
+            )
 
 
 def _without_prefix(shapes: Shapes) -> dict[str, tuple[int, ...]]:

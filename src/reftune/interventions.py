@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reftune.errors import ReftConfigError
+from reftune.orthonormal import OnStiefel, Tracker, orthonormalise
 
 Tensors = Mapping[str, Tensor]
 
@@ -37,40 +38,6 @@ class Shape:
     act_fn: str | None = None
     topk: int = 8
     init: str = "paper"
-
-
-def orthonormalise(A: Tensor) -> Tensor:
-    """Return the Gram-Schmidt orthonormal rows of `A` (..., r, d), r <= d, in float32 or wider.
-
-    Two passes of Cholesky on the r x r Gram matrix: rows are orthonormal to rounding for any well
-    conditioned `A`. No d x d tensor is made, nothing is read back from the device.
-    """
-    R = A if A.dtype == torch.float64 else A.float()
-    for _ in range(2):
-        L, _ = torch.linalg.cholesky_ex(R @ R.mT)
-        R = torch.linalg.solve_triangular(L, R, upper=False)
-    return R.to(A.dtype)
-
-
-class _OnStiefel(torch.autograd.Function):
-    """Orthonormal R of a parameter A, with the gradient along the manifold only.
-
-    With A already orthonormal the value is A itself. The gradient G becomes its projection on the
-    tangent space of {R: R R^T = I}, `G - sym(G R^T) R`: the gradient of the polar retraction.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, retract: bool) -> Tensor:
-        R = orthonormalise(A) if retract else A.view_as(A)
-        ctx.save_for_backward(R)
-        return R
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (R,) = ctx.saved_tensors
-        (G,) = grads
-        M = G @ R.mT
-        return G - (0.5 * (M + M.mT)) @ R, None
 
 
 class Intervention(nn.Module, ABC):
@@ -91,10 +58,11 @@ class Intervention(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self.act = _activation(shape.act_fn)
-        self._retracted: tuple[int, int] | None = None
+        self.tracker = Tracker()
         for name, value in self.initial().items():
             self.register_parameter(name, nn.Parameter(value.to(dtype)))
-        self.mark_retracted()
+        if self.orthonormal:
+            self.tracker.settle(self.raw_R())
 
     @abstractmethod
     def initial(self) -> dict[str, Tensor]:
@@ -110,44 +78,39 @@ class Intervention(nn.Module, ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters that `forward` takes, R on its manifold."""
-        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        tensors: dict[str, Tensor] = {k: p for k, p in self._parameters.items() if p is not None}
         if self.orthonormal and torch.is_grad_enabled() and tensors["R"].requires_grad:
-            # While compiling, the in-place retraction of `retract` cannot run: R is orthonormalised
-            # inside the graph instead.
-            R = _OnStiefel.apply(tensors["R"], torch.compiler.is_compiling())  # type: ignore[no-untyped-call]
-            tensors["R"] = R
+            # While compiling, and in a forward of FSDP, where R is a view of a flat parameter, the
+            # in-place retraction cannot run: R is orthonormalised inside the graph instead.
+            in_graph = torch.compiler.is_compiling() or self.is_view
+            tensors["R"] = OnStiefel.apply(tensors["R"], in_graph)  # type: ignore[no-untyped-call]
         return tensors
-
-    def needs_retraction(self) -> bool:
-        """Return whether R was changed (an optimizer step, a load) since it was orthonormalised."""
-        if not self.orthonormal:
-            return False
-        return self._stamp() not in (None, self._retracted)
-
-    def mark_retracted(self) -> None:
-        """Note that R is orthonormal as it is now."""
-        if self.orthonormal:
-            self._retracted = self._stamp()
 
     def raw_R(self) -> Tensor:
         """Return R as it is stored: a plain tensor while FSDP runs the model's forward."""
-        R = self._parameters["R"]
+        R: Tensor | None = self._parameters["R"]
         assert R is not None
         return R
 
-    def _stamp(self) -> tuple[int, int] | None:
-        R = self.raw_R()
-        if R.is_meta or R.is_inference():
-            return None
-        return (R._version, id(R))
+    @property
+    def is_view(self) -> bool:
+        """Return whether R is a view of another parameter, as while FSDP runs the forward."""
+        return not isinstance(self.raw_R(), nn.Parameter)
+
+    @property
+    def needs_retraction(self) -> bool:
+        """Return whether R has to be orthonormalised before it is used."""
+        return self.orthonormal and not self.is_view and self.tracker.is_due(self.raw_R())
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if self.orthonormal and not self.raw_R().is_meta:
+            self.tracker.forget()
             R = self.raw_R().detach().float()
             error = (R @ R.mT - torch.eye(R.shape[-2], device=R.device)).abs().max()
-            if error < 1e-5:  # else it is retracted before its first use
-                self.mark_retracted()
+            rounding = 4 * torch.finfo(self.raw_R().dtype).eps
+            if error < max(1e-5, rounding):  # else it is retracted before its first use
+                self.tracker.settle(self.raw_R())
 
     def extra_repr(self) -> str:
         s = self.shape
@@ -163,17 +126,16 @@ def retract(interventions: Sequence[Intervention]) -> int:
     and uses it as it is. Weight decay only scales R, which this undoes: it can neither destroy R
     nor move it. Returns how many were changed.
     """
-    due = [phi for phi in interventions if phi.needs_retraction()]
+    due = [phi for phi in interventions if phi.needs_retraction]
     batches: dict[tuple[Any, ...], list[Intervention]] = {}
     for phi in due:
         R = phi.raw_R()
         batches.setdefault((R.shape, R.device, R.dtype), []).append(phi)
     for batch in batches.values():
-        parameters = [phi.raw_R() for phi in batch]
-        for parameter, R in zip(parameters, orthonormalise(torch.stack(parameters)), strict=True):
-            parameter.copy_(R)
-        for phi in batch:
-            phi.mark_retracted()
+        moved = torch.stack([phi.tracker.moved(phi.raw_R()) for phi in batch])
+        for phi, R in zip(batch, orthonormalise(moved), strict=True):
+            phi.raw_R().copy_(R)
+            phi.tracker.settle(phi.raw_R())
     return len(due)
 
 

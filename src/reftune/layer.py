@@ -24,7 +24,8 @@ from reftune.interventions import (
     no_autocast,
     retract,
 )
-from reftune.spans import SlotKey, Span, current_span
+from reftune.positions import SlotKey
+from reftune.spans import Span, current_span
 
 CANNOT_MERGE = (
     "A ReFT adapter cannot be merged: it edits the hidden states of some prompt tokens, and no "
@@ -69,7 +70,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def names_active(self) -> list[str]:
         """Return the active adapters, in the order in which they edit."""
-        active = BaseTunerLayer.active_adapters.fget(self)  # nn.Module's typing hides it
+        active: Any = self.active_adapters  # nn.Module's typing hides the property
         return list(active)
 
     def phi(self, adapter_name: str) -> Intervention:
@@ -90,7 +91,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if edited is hidden:
             return output
         if isinstance(output, tuple | list):
-            return type(output)([edited, *output[1:]])
+            rebuild = getattr(type(output), "_make", type(output))  # a named tuple has its own
+            return rebuild([edited, *output[1:]])
         return edited
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -150,17 +152,22 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         given = span.options.strength
         return self.strength[adapter_name] if given is None else given
 
+    def check_packing(self, adapter_name: str, span: Span) -> None:
+        """Raise PositionError where a method that pools an example's tokens meets packed rows."""
+        config = self.configs[adapter_name]
+        if config.intervention.pools_tokens and span.is_packed:
+            raise PositionError(
+                f"method={config.method!r} averages over the tokens of an example, which packed "
+                "batches mix. Use a collator that pads."
+            )
+
     def _edit_with(self, name: str, h_BSd: Tensor, span: Span) -> Tensor:
         B, S, _ = h_BSd.shape
         config, key = self.configs[name], self.keys[name]
         strength = self.strength_of(name, span)
         if strength == 0.0 or (not key.edit_generated and span.is_past_prompt(S)):
             return h_BSd
-        if config.intervention.pools_tokens and span.is_packed:
-            raise PositionError(
-                f"method={config.method!r} averages over the tokens of an example, which packed "
-                "batches mix. Use a collator that pads."
-            )
+        self.check_packing(name, span)
         if key.positions.everything or key.edit_generated or (span.is_packed and S > 1):
             return self._edit_dense(name, h_BSd, span, strength)
         rows = span.rows(key, B, S, h_BSd.device)

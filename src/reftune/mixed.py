@@ -17,8 +17,8 @@ from torch import Tensor
 
 from reftune.errors import ReftConfigError
 from reftune.interventions import SUBSPACE_MASK, apply_grouped, no_autocast
-from reftune.positions import Positions
-from reftune.spans import SlotKey, Span
+from reftune.positions import Positions, SlotKey
+from reftune.spans import Span
 
 if TYPE_CHECKING:
     from reftune.layer import ReftLayer
@@ -39,6 +39,7 @@ class _Kind:
     edit_generated: bool
     everything: bool
     dense_positions: str | None  # with edit_generated, groups are told by slot
+    pooled_groups: int | None  # where a Phi pools its tokens, no other may share its group
 
 
 def edit_mixed(layer: ReftLayer, h_BSd: Tensor, span: Span, names: Sequence[str]) -> Tensor:
@@ -76,6 +77,7 @@ def _kinds(layer: ReftLayer, per_example: list[str], span: Span) -> dict[_Kind, 
             c.edit_generated,
             key.positions.everything,
             f"{c.positions} {c.tied}" if c.edit_generated else None,
+            key.positions.num_groups(c.tied) if c.intervention.pools_tokens else None,
         )
         kinds.setdefault(kind, []).append(name)
     return kinds
@@ -92,6 +94,7 @@ def _edit_kind(
     """Edit the examples of one kind; the others take part with no slots, so shapes stay simple."""
     B, S, _ = h_BSd.shape
     device = h_BSd.device
+    layer.check_packing(members[0], span)
     batch = _Batch(layer, kind, members, per_example)
     key = batch.key
     p_B, s_B, member_B = batch.counts(span, device)
@@ -100,7 +103,7 @@ def _edit_kind(
     with no_autocast(device):
         tensors = batch.stack(span, member_B)
         strength = batch.strength(span, member_B, h_BSd)
-        if key.positions.everything or key.edit_generated:
+        if key.positions.everything or key.edit_generated or (span.is_packed and S > 1):
             x, edited = h_BSd.to(dtype), slot < key.num_slots
             edit = torch.zeros_like(x)
             for g in range(next(iter(tensors.values())).shape[1]):

@@ -65,6 +65,28 @@ class Positions:
         return 2 if tied == "sides" and self.prefix and self.suffix else 1
 
 
+@dataclass(frozen=True)
+class SlotKey:
+    """What determines an adapter's slots in a forward; adapters that agree share them."""
+
+    positions: Positions
+    short_prompts: str = "paper"
+    edit_generated: bool = False
+    members: tuple[str, ...] = ()  # of a batch of mixed adapters: one for each example
+
+    @property
+    def num_slots(self) -> int:
+        """Return K."""
+        return self.positions.num_slots
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Return how many tokens the prefix and the suffix have; (1, 0) for `all`."""
+        if self.positions.everything:
+            return 1, 0
+        return self.positions.prefix, self.positions.suffix
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The rows that are edited: `index` and `valid` (B, K), K slots of each example.

@@ -12,19 +12,20 @@ argument of the forward, or `options(...)` around it); the labels of a causal la
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reftune.context import CURRENT_OPTIONS, FORWARD_OPTIONS, Current, Options
 from reftune.errors import PositionError, ReftuneError
+from reftune.masks import as_token_mask, diagonal, fit, match_batch, require_batch
 from reftune.positions import (
-    Positions,
     Rows,
+    SlotKey,
     assign_slots,
     before_first_label,
     segment_ids,
@@ -32,53 +33,11 @@ from reftune.positions import (
     take_columns,
 )
 
-T = TypeVar("T")
-
-
-class _Current(Generic[T]):
-    """A value per thread and task; one per process while torch.compile traces.
-
-    Dynamo cannot trace a ContextVar (transformers' `CompileableContextVar` has the same reason).
-    """
-
-    def __init__(self, name: str, default: T) -> None:
-        self._var: ContextVar[T] = ContextVar(name, default=default)
-        self._traced = default
-
-    def get(self) -> T:
-        return self._traced if torch.compiler.is_compiling() else self._var.get()
-
-    def set(self, value: T) -> None:
-        self._traced = value
-        if not torch.compiler.is_compiling():
-            self._var.set(value)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a caller says about the forwards in a block; None leaves it as it was.
-
-    Attributes:
-        prompt_mask: (B, T) bool, True at the tokens of the prompt.
-        prompt_lengths: (B,), how many attended tokens the prompt has, from the first.
-        subspaces: the names of the subspaces that are on, for all examples or one list each.
-        strength: factor on the edit: 0 the base model, 1 the adapter, -1 its negation.
-        adapter_names: an adapter, or `__base__`, for each example.
-    """
-
-    prompt_mask: Tensor | None = None
-    prompt_lengths: Tensor | None = None
-    subspaces: Sequence[str] | Sequence[Sequence[str]] | None = None
-    strength: float | None = None
-    adapter_names: Sequence[str] | None = None
-
-
 _CACHES = ("past_key_values", "cache_params", "state")  # transformers', Mamba's, RWKV's names
 PAGED = (
     "transformers' continuous batching (generate_batch, cache_implementation='paged') does not say "
     "where prompts end, so ReFT cannot tell what to edit. Use generate with padded batches."
 )
-FORWARD_OPTIONS = ("prompt_mask", "prompt_lengths", "subspaces")
 
 
 @dataclass(frozen=True)
@@ -89,37 +48,8 @@ class _Generation:
     mask: Tensor | None
 
 
-_options: _Current[Options] = _Current("reftune_options", Options())
-_generation: _Current[_Generation | None] = _Current("reftune_generation", None)
-_span: _Current[Span | None] = _Current("reftune_span", None)
-
-
-@contextmanager
-def options(
-    *,
-    prompt_mask: Tensor | None = None,
-    prompt_lengths: Tensor | None = None,
-    subspaces: Sequence[str] | Sequence[Sequence[str]] | None = None,
-    strength: float | None = None,
-    adapter_names: Sequence[str] | None = None,
-) -> Iterator[None]:
-    """Set how ReFT adapters edit, for the forwards and `generate` calls of this thread in a block.
-
-    See `Options` for the arguments. Blocks nest; what an inner one leaves out stays as it was.
-    """
-    outer = _options.get()
-    given: dict[str, Any] = {
-        "prompt_mask": prompt_mask,
-        "prompt_lengths": prompt_lengths,
-        "subspaces": subspaces,
-        "strength": strength,
-        "adapter_names": adapter_names,
-    }
-    _options.set(replace(outer, **{k: v for k, v in given.items() if v is not None}))
-    try:
-        yield
-    finally:
-        _options.set(outer)
+_generation: Current[_Generation | None] = Current("reftune_generation", None)
+_span: Current[Span | None] = Current("reftune_span", None)
 
 
 @dataclass(eq=False)
@@ -216,25 +146,25 @@ class Span:
         attended = self._attended(B, S, device)
         segments = None
         if self.is_packed and self.position_ids is not None:
-            ids = _match_batch(self.position_ids.to(device), B)
+            ids = match_batch(self.position_ids.to(device), B)
             if ids is not None and ids.shape[1] == S:
                 segments = segment_ids(ids)
         o, T = self.options, attended.shape[1]
         if o.prompt_mask is not None:
-            explicit = _require_batch("prompt_mask", o.prompt_mask.to(device), B).bool()
-            return _fit(explicit, T, "prompt_mask") & attended, attended, segments
+            explicit = require_batch("prompt_mask", o.prompt_mask.to(device), B).bool()
+            return fit(explicit, T, "prompt_mask") & attended, attended, segments
         if o.prompt_lengths is not None:
             lengths = self._lengths(o.prompt_lengths, B, device)[:, None]
             return attended & (attended.cumsum(-1) <= lengths), attended, segments
         if self.labels is not None:
-            labels = _match_batch(self.labels.to(device), B)
+            labels = match_batch(self.labels.to(device), B)
             if labels is not None and labels.shape[1] == S == T:
                 return before_first_label(labels, segments) & attended, attended, segments
         return self._without_labels(attended, S), attended, segments
 
     def _lengths(self, given: Tensor, B: int, device: torch.device) -> Tensor:
         lengths = torch.as_tensor(given, device=device).view(-1)
-        return _require_batch("prompt_lengths", lengths, B)
+        return require_batch("prompt_lengths", lengths, B)
 
     def _without_labels(self, attended: Tensor, S: int) -> Tensor:
         T = attended.shape[1]
@@ -257,11 +187,11 @@ class Span:
             T = max(T, self.options.prompt_mask.shape[1])
         mask = self._token_mask(past, S)
         if mask is not None:
-            mask = _match_batch(mask.to(device).ne(0), B)
+            mask = match_batch(mask.to(device).ne(0), B)
         if mask is None or mask.shape[1] < past + S:
             # None was given, or it is another tower's: every token counts.
             return torch.ones(B, T, dtype=torch.bool, device=device)
-        return _fit(mask, max(T, mask.shape[1]), "attention_mask", value=True)
+        return fit(mask, max(T, mask.shape[1]), "attention_mask", value=True)
 
     def _token_mask(self, past: int, S: int) -> Tensor | None:
         mask, generation = self.mask, self.generation
@@ -272,7 +202,7 @@ class Span:
                 missing = max(0, past + S - generation.mask.shape[1])
                 return torch.nn.functional.pad(generation.mask, (0, missing), value=1)
         if mask is not None and mask.dim() == 4:
-            return _diagonal(mask, past, S) if isinstance(self.past, int) else None
+            return diagonal(mask, past, S) if isinstance(self.past, int) else None
         return mask
 
     def _slots(
@@ -311,41 +241,20 @@ class Span:
         return take_columns(slot, self.past, S, key.num_slots)
 
 
-@dataclass(frozen=True)
-class SlotKey:
-    """What determines an adapter's slots in a forward; adapters that agree share them."""
-
-    positions: Positions
-    short_prompts: str = "paper"
-    edit_generated: bool = False
-    members: tuple[str, ...] = ()  # of a batch of mixed adapters: one for each example
-
-    @property
-    def num_slots(self) -> int:
-        """Return K."""
-        return self.positions.num_slots
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Return how many tokens the prefix and the suffix have; (1, 0) for `all`."""
-        if self.positions.everything:
-            return 1, 0
-        return self.positions.prefix, self.positions.suffix
-
-
 def current_span() -> Span:
     """Return the span of the forward that is running.
 
     A layer that is called by itself, outside any model, has one where every token is prompt.
     """
     span = _span.get()
-    if span is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+    compiling = torch.compiler.is_compiling()
+    if span is None and not compiling and torch._C._current_graph_task_id() >= 0:
         raise ReftuneError(
             "An edited layer is recomputed during the backward, by a checkpointing wrapper that "
             "ReFT cannot see, where the prompt is not known. Use the model's own "
             "gradient_checkpointing_enable() (gradient_checkpointing=True of the Trainer)."
         )
-    return span or Span(options=_options.get(), generation=_generation.get())
+    return span or Span(options=CURRENT_OPTIONS.get(), generation=_generation.get())
 
 
 def open_span(
@@ -357,7 +266,7 @@ def open_span(
     where the call is an inner one.
     """
     outer = _span.get()
-    given = _options.get()
+    given = CURRENT_OPTIONS.get()
     if outer is not None and outer.model is entry.model and outer.owner is not module:
         if not entry.generated:
             _refine(outer, _bind(entry, args, kwargs))
@@ -376,7 +285,7 @@ def open_span(
         owner=module,
         model=entry.model,
         outer=None if outer is not None and outer.owner is module else outer,
-        mask=_as_token_mask(call.get("attention_mask"), ids),
+        mask=as_token_mask(call.get("attention_mask"), ids),
         labels=labels if is_token_labels else None,
         position_ids=position_ids if isinstance(position_ids, Tensor) else None,
         past=_past_length(call, ids),
@@ -451,16 +360,6 @@ def _refine(span: Span, call: dict[str, Any]) -> None:
         span.mask = mask
 
 
-def _as_token_mask(mask: Any, ids: Any) -> Tensor | None:
-    if isinstance(mask, dict):  # one mask per kind of attention: all agree on what is padding
-        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.dim() == 3 and isinstance(ids, Tensor) and ids.dim() == 3:
-        return mask.flatten(0, 1)
-    return mask if mask.dim() in (2, 4) else None
-
-
 def _past_length(call: dict[str, Any], ids: Any) -> int | Tensor:
     cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
     if cache is None:
@@ -481,34 +380,3 @@ def _past_length(call: dict[str, Any], ids: Any) -> int | Tensor:
     # How much is past is not known, only that something is; in `generate` it is the prompt.
     generation = _generation.get()
     return 1 if generation is None else generation.columns
-
-
-def _diagonal(mask: Tensor, past: int, S: int) -> Tensor:
-    """Return which tokens of a forward a (B, 1, S, T) mask does not pad: they see themselves."""
-    if mask.shape[2] != S or mask.shape[3] < past + S:
-        return torch.ones(mask.shape[0], past + S, dtype=torch.bool, device=mask.device)
-    own = mask[:, 0, :, past : past + S].diagonal(dim1=-2, dim2=-1)
-    seen = own if own.dtype == torch.bool else own > -1
-    return torch.nn.functional.pad(seen, (past, 0), value=True)
-
-
-def _match_batch(t: Tensor, B: int) -> Tensor | None:
-    """Repeat the rows of `t` for beams and sampled sequences; None where it cannot fit B."""
-    if t.shape[0] == B:
-        return t
-    return (
-        t.repeat_interleave(B // t.shape[0], dim=0) if t.shape[0] and B % t.shape[0] == 0 else None
-    )
-
-
-def _require_batch(name: str, t: Tensor, B: int) -> Tensor:
-    fitted = _match_batch(t, B)
-    if fitted is None:
-        raise PositionError(f"{name} has {t.shape[0]} rows, the batch has {B} examples.")
-    return fitted
-
-
-def _fit(mask: Tensor, T: int, name: str, value: bool = False) -> Tensor:
-    if mask.shape[1] > T:
-        raise PositionError(f"{name} has {mask.shape[1]} columns, the sequence has {T} tokens.")
-    return torch.nn.functional.pad(mask, (0, T - mask.shape[1]), value=value)

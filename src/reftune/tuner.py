@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers import GenerationMixin
 
 from reftune.checkpoint import check_before_injection, check_state_dict
 from reftune.config import ReftConfig
+from reftune.context import options
 from reftune.errors import MergeError, PositionError, ReftConfigError, did_you_mean
 from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
@@ -37,7 +37,6 @@ from reftune.spans import (
     entry_of,
     generation,
     open_span,
-    options,
 )
 
 _CHILD = "reft"
@@ -132,6 +131,9 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep the dtype that the config names: PEFT would make float32 of a bfloat16 adapter."""
 
     def _unload_and_optionally_merge(
         self,
@@ -280,7 +282,7 @@ def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
         root.handles.append(module.register_forward_pre_hook(_open, with_kwargs=True))
         root.handles.append(module.register_forward_hook(_close, always_call=True))
     if _is_causal_lm(model) and "generate" not in vars(model):
-        object.__setattr__(model, "generate", MethodType(_generate, model))
+        object.__setattr__(model, "generate", functools.partial(_generate, model))
 
 
 def _is_causal_lm(model: Any) -> bool:
@@ -333,7 +335,8 @@ def _retract_active(root: Root, span: Span) -> None:
     )
 
 
-@functools.wraps(GenerationMixin.generate)
+# With the name of what it wraps it would be pickled as that, and a copy would lose the wrapper.
+@functools.wraps(GenerationMixin.generate, assigned=("__doc__",), updated=())
 def _generate(self: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
     if kwargs.get("cache_implementation") == "paged":
         raise PositionError(PAGED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,8 @@ from reftune.run import (
 from reftune.settings import RunConfig, describe
 from reftune.tasks import get_task
 
-out = Console(highlight=False, soft_wrap=False)
+# What is piped into a file or another program is not broken at 80 columns.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 class ConsoleReporter:

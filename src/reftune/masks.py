@@ -1,0 +1,51 @@
+"""Masks of tokens, from what models are called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reftune.errors import PositionError
+
+
+def as_token_mask(mask: Any, ids: Any) -> Tensor | None:
+    if isinstance(mask, dict):  # one mask per kind of attention: all agree on what is padding
+        mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 3 and isinstance(ids, Tensor) and ids.dim() == 3:
+        return mask.flatten(0, 1)
+    return mask if mask.dim() in (2, 4) else None
+
+
+def diagonal(mask: Tensor, past: int, S: int) -> Tensor:
+    """Return which tokens of a forward a (B, 1, S, T) mask does not pad: they see themselves."""
+    if mask.shape[2] != S or mask.shape[3] < past + S:
+        return torch.ones(mask.shape[0], past + S, dtype=torch.bool, device=mask.device)
+    own = mask[:, 0, :, past : past + S].diagonal(dim1=-2, dim2=-1)
+    seen = own if own.dtype == torch.bool else own > -1
+    return torch.nn.functional.pad(seen, (past, 0), value=True)
+
+
+def match_batch(t: Tensor, B: int) -> Tensor | None:
+    """Repeat the rows of `t` for beams and sampled sequences; None where it cannot fit B."""
+    if t.shape[0] == B:
+        return t
+    return (
+        t.repeat_interleave(B // t.shape[0], dim=0) if t.shape[0] and B % t.shape[0] == 0 else None
+    )
+
+
+def require_batch(name: str, t: Tensor, B: int) -> Tensor:
+    fitted = match_batch(t, B)
+    if fitted is None:
+        raise PositionError(f"{name} has {t.shape[0]} rows, the batch has {B} examples.")
+    return fitted
+
+
+def fit(mask: Tensor, T: int, name: str, value: bool = False) -> Tensor:
+    if mask.shape[1] > T:
+        raise PositionError(f"{name} has {mask.shape[1]} columns, the sequence has {T} tokens.")
+    return torch.nn.functional.pad(mask, (0, T - mask.shape[1]), value=value)
