@@ -149,6 +149,8 @@ def test_generate_with_a_static_cache_and_a_compiled_forward(edit_generated):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C++ compiler")
+# inductor imports a part of torch that torch deprecates
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_inductor():
     model = attach().train()
     check_step(model, torch.compile(model.get_base_model(), fullgraph=True))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reftune import METHODS, ReftConfig, interventions, options, reft_layers
+from reftune import METHODS, ReftConfig, options, orthonormal, reft_layers
 from reftune.interventions import Intervention, retract
 from reftune.layer import ReftLayer
 from tiny import tiny_llama
@@ -117,7 +117,7 @@ def test_ill_conditioned_rows_become_orthonormal(condition: float) -> None:
     left, _ = torch.linalg.qr(torch.randn(20, 8, 8, generator=generator))
     right, _ = torch.linalg.qr(torch.randn(20, 64, 8, generator=generator))
     sizes = torch.logspace(0, -math.log10(condition), 8)
-    R = interventions.orthonormalise(left * sizes @ right.mT)
+    R = orthonormal.orthonormalise(left * sizes @ right.mT)
     assert error_of(R) < 1e-5
 
 
@@ -135,8 +135,8 @@ class Counter:
 
 def test_computed_once_per_step_and_batched_over_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
-    counter = Counter(interventions.orthonormalise)
-    monkeypatch.setattr(interventions, "orthonormalise", counter)
+    counter = Counter(orthonormal.orthonormalise)
+    monkeypatch.setattr(orthonormal, "orthonormalise", counter)
     steps = torch.optim.AdamW(trainable(model), lr=1e-2)
     model(input_ids=IDS)
     assert counter.shapes == [], "it starts orthonormal"

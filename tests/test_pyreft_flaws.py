@@ -33,7 +33,7 @@ from adapted_tiny import (
     strong,
     trainable,
 )
-from reftune import METHODS, interventions, spans
+from reftune import METHODS, orthonormal, spans
 from tiny import tiny_llama
 
 # PEFT asks for it by its old name.
@@ -234,7 +234,7 @@ def test_flaw_20_the_base_is_neither_moved_nor_cast(monkeypatch: pytest.MonkeyPa
 def test_flaw_23_inference_orthonormalises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = reft()
     logits(model)
-    monkeypatch.setattr(interventions, "orthonormalise", lambda _: pytest.fail("R was recomputed"))
+    monkeypatch.setattr(orthonormal, "orthonormalise", lambda _: pytest.fail("R was recomputed"))
     logits(model)
     copy.deepcopy(model)
     model.generate(**prompts(), max_new_tokens=3)

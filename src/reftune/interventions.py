@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reftune.errors import ReftConfigError
-from reftune.orthonormal import OnStiefel, Tracker, orthonormalise
+from reftune.orthonormal import OnStiefel, Tracker, retract_all
 
 Tensors = Mapping[str, Tensor]
 
@@ -118,24 +118,13 @@ class Intervention(nn.Module, ABC):
         return f"{self.method}, hidden_size={s.hidden_size}{rank}, groups={s.groups}"
 
 
-@torch.no_grad()
 def retract(interventions: Sequence[Intervention]) -> int:
-    """Orthonormalise, in place and batched, every R that an optimizer or a load has changed.
+    """Orthonormalise, in place and batched, every R that was changed by other than an optimizer.
 
-    Runs once per optimizer step, however many forwards a step has: a forward finds R orthonormal
-    and uses it as it is. Weight decay only scales R, which this undoes: it can neither destroy R
-    nor move it. Returns how many were changed.
+    Returns how many were.
     """
     due = [phi for phi in interventions if phi.needs_retraction]
-    batches: dict[tuple[Any, ...], list[Intervention]] = {}
-    for phi in due:
-        R = phi.raw_R()
-        batches.setdefault((R.shape, R.device, R.dtype), []).append(phi)
-    for batch in batches.values():
-        moved = torch.stack([phi.tracker.moved(phi.raw_R()) for phi in batch])
-        for phi, R in zip(batch, orthonormalise(moved), strict=True):
-            phi.raw_R().copy_(R)
-            phi.tracker.settle(phi.raw_R())
+    retract_all([(phi.raw_R(), phi.raw_R().detach(), phi.tracker) for phi in due])
     return len(due)
 
 

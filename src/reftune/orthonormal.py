@@ -1,19 +1,21 @@
 """Orthonormal R without a d x d matrix: a retraction after each optimizer step, a tangent gradient.
 
-The parameter is R itself. After a step it is orthonormalised in place (`Tracker` knows when), so
-that a forward uses it as it is, however many forwards a step has.
+The parameter is R itself. After a step of its optimizer it is orthonormalised in place, all layers
+in one batch, so that a forward uses it as it is, however many forwards a step has.
 
 Shapes: R and A are (..., r, d), r <= d.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 STEP_LENGTH = 2.0
 """How far R moves, in units of the step that an optimizer takes with its parameter.
@@ -22,8 +24,7 @@ torch's Householder parametrization moves R twice as far as its vectors (a refle
 I - 2 v v^T), and the learning rates of the paper and of pyreft were tuned for that.
 """
 
-_STEPPED = "reft_stepped"
-_optimizer_steps = [0]  # of all optimizers, for parameters that were replaced and lost their mark
+_optimizer_steps = [0]  # of all optimizers
 
 
 def orthonormalise(A: Tensor) -> Tensor:
@@ -68,20 +69,23 @@ class OnStiefel(torch.autograd.Function):
 class Tracker:
     """Whether a parameter R was changed since it was last orthonormal, and from where.
 
-    A change counts up a tensor's version. A fused optimizer (the Trainer's default) changes a
-    parameter without doing so; a hook on all optimizers marks the parameters that they step.
+    An optimizer's step is seen by a hook on all optimizers, which retracts R at once: so it is
+    orthonormal after `optimizer.step()`, also for a fused optimizer, which does not count up a
+    tensor's version, and for a compiled forward. Other changes, such as a load, are known by the
+    version; and where an optimizer steps copies of the parameters (DeepSpeed), every step counts.
     """
 
     def __init__(self) -> None:
         self._stamp: tuple[int, int] | None = None
         self._steps = -1
+        self._is_stepped_itself = False
         self._before: Tensor | None = None
 
     def settle(self, R: Tensor) -> None:
         """Note that R is orthonormal as it is now."""
         self._stamp, self._steps = _stamp_of(R), _optimizer_steps[0]
-        vars(R)[_STEPPED] = False
         self._before = R.detach().clone() if R.requires_grad and not R.is_meta else None
+        _trackers[R] = self
 
     def forget(self) -> None:
         """Note that the next change of R is no step from what it was: a load."""
@@ -92,18 +96,36 @@ class Tracker:
         stamp = _stamp_of(R)
         if stamp is None:
             return False
-        return stamp != self._stamp or (R.requires_grad and self._stepped(R))
+        unseen = not self._is_stepped_itself and self._steps != _optimizer_steps[0]
+        return stamp != self._stamp or (R.requires_grad and unseen)
 
-    def moved(self, R: Tensor) -> Tensor:
-        """Return where the last step leads: `STEP_LENGTH` times as far as the parameter went."""
-        if self._before is None or not vars(R).get(_STEPPED, False):
+    def step(self, R: Tensor) -> Tensor:
+        """Return where an optimizer's step leads: `STEP_LENGTH` times as far as R went."""
+        self._is_stepped_itself = True
+        if self._before is None:
             return R.detach()
         before = self._before.to(R.device)
         return before + STEP_LENGTH * (R.detach() - before)
 
-    def _stepped(self, R: Tensor) -> bool:
-        marked: bool | None = vars(R).get(_STEPPED)
-        return self._steps != _optimizer_steps[0] if marked is None else marked
+
+_trackers: MutableMapping[Tensor, Tracker] = WeakIdKeyDictionary()
+
+
+@torch.no_grad()
+def retract_all(moved: Sequence[tuple[Tensor, Tensor, Tracker]]) -> None:
+    """Set each R, in place and batched, to the orthonormal rows of where it moved.
+
+    `moved` are triples (R, where it moved, the tracker of R). Weight decay only scales R, which
+    this undoes: it can neither destroy R nor turn it.
+    """
+    batches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tracker]]] = {}
+    for R, target, tracker in moved:
+        batches.setdefault((R.shape, R.device, R.dtype), []).append((R, target, tracker))
+    for batch in batches.values():
+        values = orthonormalise(torch.stack([target for _, target, _ in batch]))
+        for (R, _, tracker), value in zip(batch, values, strict=True):
+            R.copy_(value)
+            tracker.settle(R)
 
 
 def _stamp_of(R: Tensor) -> tuple[int, int] | None:
@@ -112,12 +134,10 @@ def _stamp_of(R: Tensor) -> tuple[int, int] | None:
     return (R._version, id(R))
 
 
-def _mark_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _retract_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _optimizer_steps[0] += 1
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if _STEPPED in vars(parameter):
-                vars(parameter)[_STEPPED] = True
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if p in _trackers]
+    retract_all([(R, _trackers[R].step(R), _trackers[R]) for R in stepped])
 
 
-register_optimizer_step_post_hook(_mark_stepped)
+register_optimizer_step_post_hook(_retract_stepped)
