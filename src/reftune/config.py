@@ -69,22 +69,44 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: modules trained and saved in full, such as a classification head.
     """
 
-    method: str = field(default="loreft", metadata={"help": "formula of the edit"})
-    r: int | None = field(default=None, metadata={"help": "rank"})
-    layers: str | list[int] = field(default="all", metadata={"help": "layers to edit"})
-    positions: str = field(default="f7+l7", metadata={"help": "prompt tokens to edit"})
-    tied: str = field(default="all", metadata={"help": "which positions share a Phi"})
-    act_fn: str | None = field(default=None, metadata={"help": "activation"})
+    method: str = field(
+        default="loreft",
+        metadata={"help": "formula of the edit: loreft, noreft, direft, ... (reftune.METHODS)"},
+    )
+    r: int | None = field(
+        default=None, metadata={"help": "rank, how many directions are edited; default 8"}
+    )
+    layers: str | list[int] = field(
+        default="all", metadata={"help": 'numbers from 0, as [3, 9] or "3;9", or all'}
+    )
+    positions: str = field(
+        default="f7+l7", metadata={"help": "prompt tokens to edit: f7+l7, f3, l1, all"}
+    )
+    tied: str = field(
+        default="all", metadata={"help": "which positions share a Phi: all, sides or none"}
+    )
+    act_fn: str | None = field(
+        default=None, metadata={"help": "activation on W h + b, a name of transformers' ACT2FN"}
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout probability"})
-    dropout_on: str = field(default="edit", metadata={"help": "what is dropped out"})
-    init: str = field(default="paper", metadata={"help": "initialisation"})
-    short_prompts: str = field(default="paper", metadata={"help": "rule for short prompts"})
+    dropout_on: str = field(
+        default="edit", metadata={"help": "what is dropped out: edit, or output as in pyreft"}
+    )
+    init: str = field(
+        default="paper", metadata={"help": "paper (random), or noop: starts as the identity"}
+    )
+    short_prompts: str = field(
+        default="paper",
+        metadata={"help": "rule for prompts shorter than the positions: paper or pyreft"},
+    )
     edit_generated: bool = field(default=False, metadata={"help": "edit generated tokens, too"})
     subspaces: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "named sets of rows of R"}
     )
     topk: int = field(default=8, metadata={"help": "tokens that reft_r1 averages over"})
-    dtype: str = field(default="float32", metadata={"help": "dtype of the parameters"})
+    dtype: str = field(
+        default="float32", metadata={"help": "of the adapter's parameters and arithmetic"}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules to edit in place of layers"}
     )

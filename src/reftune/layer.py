@@ -24,6 +24,7 @@ from reftune.interventions import (
     no_autocast,
     retract,
 )
+from reftune.mixed import edit_mixed
 from reftune.positions import SlotKey
 from reftune.spans import Span, current_span
 
@@ -128,8 +129,6 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         h_BSd = self._as_batch(hidden)
         names = span.options.adapter_names
         if names is not None:
-            from reftune.mixed import edit_mixed  # it is the room above
-
             edited = edit_mixed(self, h_BSd, span, names)
         else:
             edited = h_BSd

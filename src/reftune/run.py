@@ -133,6 +133,8 @@ def execute(
         with loaded.model.disable_adapter():
             base = heldout_cross_entropy(loaded.model, heldout, collator, config.train.batch_size)
         results["heldout"] = {"n": len(heldout), "base": base, "adapter": trained.heldout_loss}
+    # Until now it names the directory that the base was loaded from.
+    loaded.model.peft_config["default"].base_model_name_or_path = loaded.base
     save_adapter(loaded.model, directory / ADAPTER)
     reporter.say(f"Saved the adapter to {directory / ADAPTER}")
     results["tasks"] = evaluate_tasks(config, loaded, directory, reporter)
@@ -237,7 +239,8 @@ def save_adapter(model: Any, directory: Path) -> None:
     """Save a `PeftModel`'s adapter so that the directory is whole or as it was before."""
     part = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(str(part))
+    # Embeddings are never trained here; to find that out PEFT would ask the Hub for the base.
+    model.save_pretrained(str(part), save_embedding_layers=False)
     replace_directory(part, directory)
 
 
@@ -316,10 +319,7 @@ def _attach(config: RunConfig) -> Loaded:
     )
     base = EMBEDDED[config.model][1] if config.model in EMBEDDED else config.model
     set_seed(config.seed)
-    adapted = peft.get_peft_model(model, config.reft_config())
-    # get_peft_model puts the directory that the base was loaded from here.
-    adapted.peft_config["default"].base_model_name_or_path = base
-    return Loaded(adapted, tokenizer, base)
+    return Loaded(peft.get_peft_model(model, config.reft_config()), tokenizer, base)
 
 
 def _examples(config: RunConfig, sources: str | Sequence[str], split: str) -> list[Example]:
