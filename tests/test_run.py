@@ -11,7 +11,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from runs import tiny_run
 from transformers import AutoModelForCausalLM
 
 from reftune import run as run_module
@@ -20,6 +19,7 @@ from reftune.errors import DataError, ReftConfigError, RunError
 from reftune.plots import read_log
 from reftune.run import Silent, execute, load_adapter
 from reftune.settings import RunConfig, load_config
+from runs import tiny_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -199,3 +199,58 @@ def test_evaluation_compares_base_and_adapter_on_the_same_prompts(tmp_path: Path
     base, ours = texts
     assert [row["prompt"] for row in base] == [row["prompt"] for row in ours]
     assert [row["completion"] for row in base] != [row["completion"] for row in ours]
+
+
+def test_a_finished_run_is_not_resumed_into_another(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, train={"save_steps": 100})
+    execute(config)
+    before = {p: p.read_bytes() for p in config.directory.rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match="is finished"):
+        execute(config, resume=True)
+    assert {p: p.read_bytes() for p in config.directory.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_killed_in_its_evaluation_resumes_without_training(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    results = execute(config)
+    weights = adapter_tensors(config)
+    for name in ("results.json", "loss.png"):
+        (config.directory / name).unlink()
+    shutil.rmtree(config.directory / "adapter")
+    again = execute(config, resume=True)
+    assert again["train"]["steps"] == results["train"]["steps"]
+    assert again["train"]["loss"] == results["train"]["loss"]
+    assert all(torch.equal(t, weights[k]) for k, t in adapter_tensors(config).items())
+
+
+def test_the_mean_loss_of_a_resumed_run_is_that_of_all_its_steps(tmp_path: Path) -> None:
+    whole, broken = tiny_run(tmp_path / "a"), tiny_run(tmp_path / "b")
+    expected = execute(whole)["train"]["loss"]
+    with pytest.raises(RunError):
+        execute(broken, reporter=InterruptAt(3))
+    assert execute(broken, resume=True)["train"]["loss"] == expected
+
+
+def test_a_run_that_never_began_does_not_hold_its_name(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    data = Path(str(config.data.train))
+    good = data.read_text()
+    data.write_text(good + "{bad\n")
+    with pytest.raises(DataError, match=r"train\.jsonl:13"):
+        execute(config)
+    data.write_text(good)
+    execute(config)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(RunError, match="cannot be written"):
+        execute(config)
+
+
+def test_the_last_step_is_always_logged(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, train={"logging_steps": 4})
+    execute(config)
+    steps = [row["step"] for row in read_log(config.directory / "log.jsonl") if "loss" in row]
+    assert steps == [1, 4, 6]

@@ -67,6 +67,13 @@ class LogFile(TrainerCallback):
         part.write_text("".join(f"{line}\n" for line in kept))
         os.replace(part, path)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step >= state.max_steps:  # the last step, whatever logging_steps is
+            control.should_log = True
+        return control
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from reftune.errors import AdapterMismatchError
 from reftune.layer import ReftLayer
 
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # an old PEFT's; it is checked when PEFT has read it
 _PREFIX = "base_model.model."
 _MARK = ".reft.reft_phi."
 
@@ -29,8 +31,13 @@ def check_before_injection(config: ReftConfig, targets: Mapping[str, int]) -> No
     Raises AdapterMismatchError.
     """
     path = config.checkpoint
-    if path is None or not (path / WEIGHTS).is_file():
+    if path is None or (path / PICKLED).is_file():
         return
+    if not (path / WEIGHTS).is_file():
+        raise AdapterMismatchError(
+            f"{path} has an adapter_config.json and no {WEIGHTS}. Copy or download the adapter "
+            "again. (For a fresh adapter with this config: dataclasses.replace(config).)"
+        )
     expected: dict[str, tuple[int, ...]] = {}
     for width in set(targets.values()):
         shapes = {k: tuple(p.shape) for k, p in config.build(width).named_parameters()}
@@ -40,10 +47,13 @@ def check_before_injection(config: ReftConfig, targets: Mapping[str, int]) -> No
     own = {k: shape for k, shape in found.items() if _MARK in k}
     _compare(expected, own, str(path / WEIGHTS))
     with safe_open(path / WEIGHTS, framework="pt") as file:
-        _require_finite({key: file.get_tensor(key) for key in file.keys()}, str(path / WEIGHTS))  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    _require_sound(tensors, str(path / WEIGHTS), config.intervention.orthonormal)
 
 
-def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+def check_state_dict(
+    model: nn.Module, config: ReftConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
     """Check a state dict with the model's key names. Raises AdapterMismatchError."""
     expected = {
         f"{layer_name}.reft_phi.{adapter_name}.{k}": tuple(p.shape)
@@ -53,7 +63,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     }
     found = {k: tuple(t.shape) for k, t in state_dict.items() if _MARK in k}
     _compare(_without_prefix(expected), _without_prefix(found), f"adapter {adapter_name!r}")
-    _require_finite(state_dict, f"adapter {adapter_name!r}")
+    own = {k: t.detach().cpu() for k, t in state_dict.items()}
+    _require_sound(own, f"adapter {adapter_name!r}", config.intervention.orthonormal)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -72,13 +83,20 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return _without_prefix(shapes)
 
 
-def _require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+def _require_sound(tensors: Mapping[str, Tensor], what: str, orthonormal: bool) -> None:
     for key, tensor in tensors.items():
+        name = f"{what}: {key.removeprefix(_PREFIX)}"
+        if not tensor.is_floating_point():
+            raise AdapterMismatchError(f"{name} has dtype {tensor.dtype}, not a floating one.")
         if not tensor.isfinite().all():
             raise AdapterMismatchError(
-                f"{what}: {key.removeprefix(_PREFIX)} has values that are not finite. The training "
-                "diverged: load an earlier checkpoint."
+                f"{name} has values that are not finite. The training diverged: load an earlier "
+                "checkpoint."
             )
+        if orthonormal and _MARK in key and key.split(".")[-1] == "R":
+            gram = tensor.double() @ tensor.double().mT
+            if torch.linalg.eigvalsh(gram).min() < 1e-6:
+                raise AdapterMismatchError(f"{name} has rows that are zero or depend on another.")
 
 
 def _without_prefix(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import final
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+
+from reftune.errors import DataError, ReftConfigError
 
 
 def until_stop(
@@ -149,3 +151,18 @@ def fingerprint(model: PreTrainedModel | PeftModel) -> str:
     active = list(model.active_adapters) if isinstance(model, PeftModel) else []
     architecture = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     return f"{architecture} adapters={','.join(active) or 'none'} weights={digest.hexdigest()[:16]}"
+
+
+def check_prompt(prompt: Sequence[int], what: str) -> None:
+    """Raise DataError for a prompt without tokens."""
+    if len(prompt) == 0:
+        raise DataError(
+            f"{what} has no tokens: a model needs at least one to start from; "
+            "add the beginning-of-sequence token or remove the example."
+        )
+
+
+def require(ok: bool, name: str, value: object, accepted: str) -> None:
+    """Raise ReftConfigError, with what is accepted, where a setting is not ok."""
+    if not ok:
+        raise ReftConfigError(f"{name}={value!r} is not accepted: it must be {accepted}.")

@@ -6,6 +6,7 @@
 Shapes: B = rows of a batch, L = padded prompt length, T = generated length.
 """
 
+import contextvars
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -24,13 +25,15 @@ from transformers import (
 from reftune.decoding import (
     StopOnEvent,
     StopOnText,
+    check_prompt,
     evaluating,
     fingerprint,
+    require,
     seeded,
     until_first_stop,
     until_stop,
 )
-from reftune.errors import DataError, ReftConfigError, did_you_mean
+from reftune.errors import ReftConfigError, did_you_mean
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 OnDone: TypeAlias = Callable[[int, "Completion"], None]
@@ -88,7 +91,7 @@ class Sampling:
             ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1: off)"),
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (off) or more"),
         ):
-            _require(ok, name, getattr(self, name), accepted)
+            require(ok, name, getattr(self, name), accepted)
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise ReftConfigError(
                 f"stop={self.stop!r} is not accepted: give a tuple of non-empty strings, "
@@ -135,7 +138,7 @@ class HFEngine:
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 16,
     ) -> None:
-        _require(batch_size >= 1, "batch_size", batch_size, "1 or more")
+        require(batch_size >= 1, "batch_size", batch_size, "1 or more")
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -159,7 +162,7 @@ class HFEngine:
             ReftConfigError: `adapters` has another length than `prompts` or an unknown name.
         """
         for i, prompt in enumerate(prompts):
-            _check_prompt(prompt, f"prompt {i}")
+            check_prompt(prompt, f"prompt {i}")
         names = None if adapters is None else _adapter_names(self.model, adapters, len(prompts))
         done: dict[int, Completion] = {}
         # Longest first: an out-of-memory comes with the first batch, not after an hour.
@@ -193,13 +196,16 @@ def stream(
         DataError: the prompt has no tokens.
         ReftConfigError: `num_beams` is above 1; beams cannot be streamed.
     """
-    _check_prompt(prompt_ids, "the prompt")
+    check_prompt(prompt_ids, "the prompt")
     if sampling.num_beams > 1:
         raise ReftConfigError(
             f"num_beams={sampling.num_beams} cannot be streamed: use num_beams=1, "
             "or HFEngine.generate."
         )
-    return until_stop(_stream_pieces(model, tokenizer, prompt_ids, sampling), sampling.stop)
+    # The thread sees what is set here and now: reftune.options(...) around this call.
+    context = contextvars.copy_context()
+    pieces = _stream_pieces(model, tokenizer, prompt_ids, sampling, context)
+    return until_stop(pieces, sampling.stop)
 
 
 def _stream_pieces(
@@ -207,6 +213,7 @@ def _stream_pieces(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
     sampling: Sampling,
+    context: contextvars.Context,
 ) -> Generator[str, None, None]:
     cancel = threading.Event()
     errors: list[BaseException] = []
@@ -226,7 +233,7 @@ def _stream_pieces(
             # After a normal end this is a second end mark that nobody reads.
             streamer.on_finalized_text("", stream_end=True)
 
-    thread = threading.Thread(target=work, name="reftune-stream", daemon=True)
+    thread = threading.Thread(target=context.run, args=(work,), name="reftune-stream", daemon=True)
     thread.start()
     try:
         yield from streamer
@@ -384,16 +391,3 @@ def _adapter_names(model: Model, adapters: Sequence[str | None], count: int) -> 
             "give a PeftModel, or leave adapters out."
         )
     return [BASE if name is None else name for name in adapters]
-
-
-def _check_prompt(prompt: Sequence[int], what: str) -> None:
-    if len(prompt) == 0:
-        raise DataError(
-            f"{what} has no tokens: a model needs at least one to start from; "
-            "add the beginning-of-sequence token or remove the example."
-        )
-
-
-def _require(ok: bool, name: str, value: object, accepted: str) -> None:
-    if not ok:
-        raise ReftConfigError(f"{name}={value!r} is not accepted: it must be {accepted}.")

@@ -105,12 +105,18 @@ class Intervention(nn.Module, ABC):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if self.orthonormal and not self.raw_R().is_meta:
-            self.tracker.forget()
             R = self.raw_R().detach().float()
             error = (R @ R.mT - torch.eye(R.shape[-2], device=R.device)).abs().max()
             rounding = 4 * torch.finfo(self.raw_R().dtype).eps
-            if error < max(1e-5, rounding):  # else it is retracted before its first use
+            if error < max(1e-5, rounding):  # used as it is, to compute what was saved
                 self.tracker.settle(self.raw_R())
+            else:
+                retract_all([(self.raw_R(), self.raw_R().detach(), self.tracker)])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.orthonormal:
+            self.tracker.watch(self.raw_R())
 
     def extra_repr(self) -> str:
         s = self.shape

@@ -126,7 +126,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _edit(self, hidden: Tensor, span: Span) -> Tensor:
         if self.disable_adapters:
             return hidden
-        h_BSd = self._as_batch(hidden)
+        h_BSd = self._as_batch(hidden, span)
         names = span.options.adapter_names
         if names is not None:
             edited = edit_mixed(self, h_BSd, span, names)
@@ -137,14 +137,18 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                     edited = self._edit_with(name, edited, span)
         return hidden if edited is h_BSd else edited.view_as(hidden)
 
-    def _as_batch(self, hidden: Tensor) -> Tensor:
+    def _as_batch(self, hidden: Tensor, span: Span) -> Tensor:
+        """Return the states as (B, S, d); of (N, d), rows are tokens if the call had N."""
         if hidden.shape[-1] != self.hidden_size or hidden.dim() not in (2, 3):
             raise ReftConfigError(
                 f"The edited module returned hidden states of shape {tuple(hidden.shape)}; "
                 f"expected (batch, tokens, {self.hidden_size}). If only the width differs, give it "
                 "with ReftConfig(hidden_size=...); else name other modules with target_modules."
             )
-        return hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
+        if hidden.dim() == 3:
+            return hidden
+        B, S = span.shape or (0, 0)
+        return hidden.view(B, S, -1) if len(hidden) == B * S else hidden.unsqueeze(1)
 
     def strength_of(self, adapter_name: str, span: Span) -> float:
         """Return the factor on an adapter's edit in this forward."""

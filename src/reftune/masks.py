@@ -1,4 +1,4 @@
-"""Masks of tokens, from what models are called with."""
+"""Masks, shapes and cache lengths, from what models are called with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from reftune.errors import PositionError
+
+_CACHES = ("past_key_values", "cache_params", "state")  # transformers', Mamba's, RWKV's names
 
 
 def as_token_mask(mask: Any, ids: Any) -> Tensor | None:
@@ -49,3 +51,33 @@ def fit(mask: Tensor, T: int, name: str, value: bool = False) -> Tensor:
     if mask.shape[1] > T:
         raise PositionError(f"{name} has {mask.shape[1]} columns, the sequence has {T} tokens.")
     return torch.nn.functional.pad(mask, (0, T - mask.shape[1]), value=value)
+
+
+def tokens_shape(ids: Any, embeddings: Any) -> tuple[int, int] | None:
+    """Return (B, S) of a call with token ids or embeddings."""
+    if isinstance(ids, Tensor) and ids.dim() == 2:
+        return ids.shape[0], ids.shape[1]
+    if isinstance(embeddings, Tensor) and embeddings.dim() == 3:
+        return embeddings.shape[0], embeddings.shape[1]
+    return None
+
+
+def past_length(call: dict[str, Any], ids: Any, unknown: int) -> int | Tensor:
+    """Return how many tokens the cache holds; `unknown` where it holds some and does not count."""
+    cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        try:
+            length: int | Tensor = cache.get_seq_length()
+            # A static cache gives the tensor that its layers increment during this very forward.
+            return length.clone() if isinstance(length, Tensor) else length
+        except ValueError:  # a cache of linear attention alone does not count its tokens
+            if not cache.has_previous_state():
+                return 0
+    mask, present = call.get("attention_mask"), call.get("inputs_embeds") if ids is None else ids
+    if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(present, Tensor):
+        past = mask.shape[1] - present.shape[1]
+        if past > 0:
+            return past
+    return unknown

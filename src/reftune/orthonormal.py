@@ -14,7 +14,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 STEP_LENGTH = 2.0
@@ -84,27 +87,33 @@ class Tracker:
     def settle(self, R: Tensor) -> None:
         """Note that R is orthonormal as it is now."""
         self._stamp, self._steps = _stamp_of(R), _optimizer_steps[0]
-        self._before = R.detach().clone() if R.requires_grad and not R.is_meta else None
+        self.watch(R)
+
+    def watch(self, R: Tensor) -> None:
+        """Let the hooks on optimizers know R, or the copy of it that an unpickled model has."""
         _trackers[R] = self
 
-    def forget(self) -> None:
-        """Note that the next change of R is no step from what it was: a load."""
-        self._before = None
+    def begin_step(self, R: Tensor) -> None:
+        """Keep R as it is before an optimizer's step."""
+        self._before = R.detach().clone()
 
     def is_due(self, R: Tensor) -> bool:
         """Return whether R has to be orthonormalised before it is used."""
-        stamp = _stamp_of(R)
-        if stamp is None:
+        if _stamp_of(R) is None:
             return False
         unseen = not self._is_stepped_itself and self._steps != _optimizer_steps[0]
-        return stamp != self._stamp or (R.requires_grad and unseen)
+        return not self.is_settled(R) or (R.requires_grad and unseen)
 
-    def step(self, R: Tensor) -> Tensor:
+    def is_settled(self, R: Tensor) -> bool:
+        """Return whether R is the tensor, of the version, that was orthonormal."""
+        return _stamp_of(R) == self._stamp
+
+    def end_step(self, R: Tensor) -> Tensor:
         """Return where an optimizer's step leads: `STEP_LENGTH` times as far as R went."""
         self._is_stepped_itself = True
-        if self._before is None:
+        before, self._before = self._before, None
+        if before is None:  # a step within a step, of an optimizer that wraps another
             return R.detach()
-        before = self._before.to(R.device)
         return before + STEP_LENGTH * (R.detach() - before)
 
 
@@ -124,7 +133,8 @@ def retract_all(moved: Sequence[tuple[Tensor, Tensor, Tracker]]) -> None:
     for batch in batches.values():
         values = orthonormalise(torch.stack([target for _, target, _ in batch]))
         for (R, _, tracker), value in zip(batch, values, strict=True):
-            R.copy_(value)
+            # What did not change may belong to a graph whose backward is to come: not a new version
+            (R.data if tracker.is_settled(R) else R).copy_(value)
             tracker.settle(R)
 
 
@@ -134,10 +144,22 @@ def _stamp_of(R: Tensor) -> tuple[int, int] | None:
     return (R._version, id(R))
 
 
-def _retract_stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _watched(optimizer: Optimizer) -> list[tuple[Tensor, Tracker]]:
+    if not _trackers:
+        return []
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [(p, _trackers[p]) for p in parameters if p in _trackers]
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for R, tracker in _watched(optimizer):
+        tracker.begin_step(R)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _optimizer_steps[0] += 1
-    stepped = [p for group in optimizer.param_groups for p in group["params"] if p in _trackers]
-    retract_all([(R, _trackers[R].step(R), _trackers[R]) for R in stepped])
+    retract_all([(R, tracker.end_step(R), tracker) for R, tracker in _watched(optimizer)])
 
 
-register_optimizer_step_post_hook(_retract_stepped)
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

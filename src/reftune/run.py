@@ -35,7 +35,7 @@ from reftune.generate import HFEngine
 from reftune.models import EMBEDDED, load_model
 from reftune.plots import plot_loss
 from reftune.prompts import Example, encode_examples
-from reftune.settings import RunConfig
+from reftune.settings import RunConfig, load_config
 from reftune.tasks import get_task
 from reftune.tasks.commonsense import NAMES as COMMONSENSE
 from reftune.tasks.commonsense import training_examples
@@ -97,9 +97,10 @@ def execute(
     reporter = reporter or Silent()
     directory = config.directory
     _prepare(config, resume, overwrite)
+    examples = read_examples(config)
     reporter.say(f"Loading {config.model}")
     loaded = _attach(config)
-    train, heldout = read_data(config, loaded.tokenizer)
+    train, heldout = tokenise(config, examples, loaded.tokenizer)
     trainable, total = loaded.model.get_nb_trainable_parameters()
     results: dict[str, Any] = {
         "name": config.name,
@@ -143,24 +144,31 @@ def execute(
     return results
 
 
-def read_data(config: RunConfig, tokenizer: Any) -> tuple[TokenDataset, TokenDataset | None]:
-    """Return the training data and what is held out of it, as tokens. Raises DataError."""
+def read_examples(config: RunConfig) -> tuple[list[Example], list[Example]]:
+    """Return the training examples and those held out. Raises DataError, ReftConfigError."""
     data = config.data
     examples = _examples(config, data.train, "train")[: data.limit]
     if not examples:
         raise ReftConfigError(f"data.train={data.train!r} holds no examples.")
-    heldout: list[Example] = []
     if data.heldout is not None:
-        heldout = _examples(config, data.heldout, "heldout")
-    elif data.heldout_fraction:
-        examples, heldout = split_examples(examples, data.heldout_fraction, config.seed)
-    encoded = [
+        return examples, _examples(config, data.heldout, "heldout")
+    if data.heldout_fraction:
+        return split_examples(examples, data.heldout_fraction, config.seed)
+    return examples, []
+
+
+def tokenise(
+    config: RunConfig, examples: tuple[list[Example], list[Example]], tokenizer: Any
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """Return training and held-out examples as tokens. Raises DataError for a long prompt."""
+    data = config.data
+    train, heldout = (
         TokenDataset(
             encode_examples(part, tokenizer, data.template, data.max_length, data.long_prompts)
         )
-        for part in (examples, heldout)
-    ]
-    return encoded[0], encoded[1] if len(encoded[1]) else None
+        for part in examples
+    )
+    return train, heldout if len(heldout) else None
 
 
 def load_adapter(
@@ -183,7 +191,7 @@ def load_adapter(
     except ValueError as error:
         raise RunError(
             f"{str(path)!r} is no adapter: {error}. An adapter is a directory with an "
-            "adapter_config.json, a run's directory, or a Hub name."
+            "adapter_config.json, a run's directory, or a Hub name." + _unfinished(Path(path))
         ) from error
     base = base or config.base_model_name_or_path
     if not base:
@@ -192,6 +200,12 @@ def load_adapter(
     model, tokenizer = load_model(by_hub_name.get(base, base), dtype, device)  # type: ignore[arg-type]
     adapted = peft.PeftModel.from_pretrained(model, str(where), adapter_name=name)
     return Loaded(adapted, tokenizer, base)
+
+
+def _unfinished(path: Path) -> str:
+    if not (path / CHECKPOINTS).is_dir():
+        return ""
+    return f" This run is not finished: reftune train --resume {path / CONFIG}"
 
 
 def adapter_directory(path: str | Path) -> Path | str:
@@ -280,17 +294,37 @@ def _prepare(config: RunConfig, resume: bool, overwrite: bool) -> None:
         raise RunError("--resume and --overwrite exclude each other.")
     if resume and earlier.is_file():
         _check_same(config, earlier)
-    elif directory.exists() and any(directory.iterdir()) and not resume:
+        if (directory / RESULTS).is_file():
+            raise RunError(f"The run in {directory} is finished: there is nothing to resume.")
+    elif not resume and _has_begun(directory):
         if not overwrite:
             raise RunError(
                 f"{directory} holds a run already. Go on with it (--resume), replace it "
                 "(--overwrite), or give this one another name (name=...)."
             )
-        if not earlier.is_file():
+        if not _is_run(directory):
             raise RunError(f"{directory} is no run of reftune; it will not be replaced.")
         shutil.rmtree(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(earlier, config.to_yaml())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(earlier, config.to_yaml())
+    except OSError as error:
+        raise RunError(
+            f"{directory} cannot be written: {error}. Give another output_dir."
+        ) from error
+
+
+def _has_begun(directory: Path) -> bool:
+    """Return whether there is more in a directory than the config of a run that never began."""
+    return directory.is_dir() and any(path.name != CONFIG for path in directory.iterdir())
+
+
+def _is_run(directory: Path) -> bool:
+    try:
+        load_config(directory / CONFIG)
+    except ReftConfigError:
+        return False
+    return True
 
 
 def _check_same(config: RunConfig, earlier: Path) -> None:

@@ -76,7 +76,7 @@ class RunConfig(BaseModel):
 
     model_config = _FROZEN
 
-    name: str = Field(description="the run's directory below output_dir", pattern=r"^[\w.\-]+$")
+    name: str = Field(description="the run's directory below output_dir", pattern=r"^\w[\w.\-]*$")
     model: str = Field("smollm2-135m", description="an embedded model, a directory or a Hub id")
     dtype: DType = Field("auto", description="of the base model's weights")
     attn_implementation: str | None = Field(None, description="as transformers names it")

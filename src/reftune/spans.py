@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from reftune.context import CURRENT_OPTIONS, FORWARD_OPTIONS, Current, Options
 from reftune.errors import PositionError, ReftuneError
-from reftune.masks import as_token_mask, diagonal, fit, match_batch, require_batch
+from reftune.masks import (
+    as_token_mask,
+    diagonal,
+    fit,
+    match_batch,
+    past_length,
+    require_batch,
+    tokens_shape,
+)
 from reftune.positions import (
     Rows,
     SlotKey,
@@ -33,19 +41,23 @@ from reftune.positions import (
     take_columns,
 )
 
-_CACHES = ("past_key_values", "cache_params", "state")  # transformers', Mamba's, RWKV's names
 PAGED = (
     "transformers' continuous batching (generate_batch, cache_implementation='paged') does not say "
     "where prompts end, so ReFT cannot tell what to edit. Use generate with padded batches."
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Generation:
-    """What `generate` was given: how many columns the prompt has, and its mask if there was one."""
+    """What `generate` was given: how many columns the prompt has, and its mask if there was one.
+
+    `seen` columns went through the model at least: where a static cache keeps its length on the
+    device, this tells on the host when the prompt is over.
+    """
 
     columns: int
     mask: Tensor | None
+    seen: int = 0
 
 
 _generation: Current[_Generation | None] = Current("reftune_generation", None)
@@ -84,19 +96,36 @@ class Span:
     position_ids: Tensor | None = None
     past: int | Tensor = 0
     generated: bool = False
+    shape: tuple[int, int] | None = (
+        None  # (B, S) of this call, where it has token ids or embeddings
+    )
+    seen: int = 0
     options: Options = field(default_factory=Options)
     generation: _Generation | None = None
     cache: dict[Any, Any] = field(default_factory=dict)
+
+    def tells_no_prompt(self, entry: Entry) -> bool:
+        """Return whether only the attention mask says what the prompt of a language model is."""
+        o = self.options
+        explicit = o.prompt_mask is not None or o.prompt_lengths is not None
+        return entry.causal_lm and self.labels is None and self.generation is None and not explicit
 
     def is_past_prompt(self, S: int) -> bool:
         """Return whether this forward of S tokens is known to hold no prompt (reads no tensor)."""
         o = self.options
         if self.generated:
             return True
-        if not isinstance(self.past, int) or self.past == 0 or self.labels is not None:
+        if self.labels is not None:
+            return False
+        if not isinstance(self.past, int):
+            given = o.prompt_mask is not None or o.prompt_lengths is not None
+            return (
+                self.generation is not None and not given and self.seen >= self.generation.columns
+            )
+        if self.past == 0:
             return False
         if o.prompt_lengths is not None:
-            return False
+            return self.generation is not None and self.past >= self.generation.columns
         if o.prompt_mask is not None:
             return self.past >= o.prompt_mask.shape[1]
         if self.generation is not None:
@@ -280,7 +309,11 @@ def open_span(
     if type(call.get("cache")).__name__ == "PagedAttentionCache":
         raise PositionError(PAGED)
     ids, position_ids, labels = (call.get(k) for k in ("input_ids", "position_ids", "labels"))
+    shape = tokens_shape(ids, call.get("inputs_embeds"))
     is_token_labels = entry.causal_lm and isinstance(labels, Tensor) and labels.dim() == 2
+    # Where a cache does not count, only that something is past is known; in `generate`, the prompt.
+    generation = _generation.get()
+    unknown = 1 if generation is None else generation.columns
     span = Span(
         owner=module,
         model=entry.model,
@@ -288,11 +321,15 @@ def open_span(
         mask=as_token_mask(call.get("attention_mask"), ids),
         labels=labels if is_token_labels else None,
         position_ids=position_ids if isinstance(position_ids, Tensor) else None,
-        past=_past_length(call, ids),
+        past=past_length(call, ids, unknown),
         generated=entry.generated,
+        shape=shape,
         options=given,
-        generation=_generation.get(),
+        generation=generation,
     )
+    if span.generation is not None and shape is not None and not torch.compiler.is_compiling():
+        span.seen = span.generation.seen
+        span.generation.seen += shape[1]
     _span.set(span)
     return kwargs, span
 
@@ -358,25 +395,3 @@ def _refine(span: Span, call: dict[str, Any]) -> None:
     mask = call.get("attention_mask")
     if span.mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
         span.mask = mask
-
-
-def _past_length(call: dict[str, Any], ids: Any) -> int | Tensor:
-    cache = next((call[name] for name in _CACHES if call.get(name) is not None), None)
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        try:
-            length: int | Tensor = cache.get_seq_length()
-            # A static cache gives the tensor that its layers increment during this very forward.
-            return length.clone() if isinstance(length, Tensor) else length
-        except ValueError:  # a cache of linear attention alone does not count its tokens
-            if not cache.has_previous_state():
-                return 0
-    mask, present = call.get("attention_mask"), call.get("inputs_embeds") if ids is None else ids
-    if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(present, Tensor):
-        past = mask.shape[1] - present.shape[1]
-        if past > 0:
-            return past
-    # How much is past is not known, only that something is; in `generate` it is the prompt.
-    generation = _generation.get()
-    return 1 if generation is None else generation.columns

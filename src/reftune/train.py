@@ -8,10 +8,12 @@ run at once, and a resumed run goes on as if it had not been interrupted.
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -148,8 +150,11 @@ def fit(
             f"There is no whole checkpoint in {directory / CHECKPOINTS} to resume from. Start "
             "again without --resume (with --overwrite, if the directory holds a run)."
         )
+    total = settings.total_steps(len(train))
+    if checkpoint is not None and step_of(checkpoint) >= total:
+        return _trained_before(model, heldout, collator, settings, checkpoint)
     log = LogFile(directory / LOG, after_step=step_of(checkpoint))
-    watch = Watch(train, settings.total_steps(len(train)), on_progress)
+    watch = Watch(train, total, on_progress)
     interrupt = Interrupt()
     trainer = _Trainer(
         model=model,
@@ -161,19 +166,44 @@ def fit(
     _silence_printing(trainer)
     start = time.perf_counter()
     with interrupt.handling():
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     heldout_loss = None
     if heldout is not None and len(heldout) and not interrupt.asked:
         heldout_loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
     return Trained(
-        loss=output.training_loss,
+        loss=mean_loss(trainer.state.log_history),
         steps=trainer.state.global_step,
         seconds=seconds,
         tokens=watch.tokens,
         interrupted=interrupt.asked,
         heldout_loss=heldout_loss,
     )
+
+
+def mean_loss(log: Sequence[Mapping[str, float]]) -> float:
+    """Return the mean over all steps, also those before a resume, of a Trainer's log history."""
+    rows = [row for row in log if "loss" in row]
+    steps = [0.0, *(row["step"] for row in rows)]
+    weights = [now - before for before, now in pairwise(steps)]
+    total = sum(row["loss"] * weight for row, weight in zip(rows, weights, strict=True))
+    return total / max(sum(weights), 1)
+
+
+def _trained_before(
+    model: Any,
+    heldout: TokenDataset | None,
+    collator: Collator,
+    settings: TrainSettings,
+    checkpoint: Path,
+) -> Trained:
+    """Take the result of a run whose training had ended, and whose evaluation had not."""
+    model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    loss = None
+    if heldout is not None and len(heldout):
+        loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
+    return Trained(mean_loss(state["log_history"]), step_of(checkpoint), 0.0, 0, False, loss)
 
 
 def heldout_cross_entropy(

@@ -8,6 +8,7 @@ language model is wrapped to say where its prompt ends: only there is that known
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ from reftune.spans import (
     open_span,
 )
 
+log = logging.getLogger("reftune")
+
 _CHILD = "reft"
 _ROOT = "_reft_root"
 _ENTRY = "_reft_entry"
@@ -52,6 +55,7 @@ class Root:
     layers: dict[str, ReftLayer] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
     entries: list[nn.Module] = field(default_factory=list)
+    warned: bool = False
     targets: list[nn.Module] = field(default_factory=list)
 
 
@@ -173,7 +177,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        check_state_dict(model, adapter_name, remapped)
+        check_state_dict(model, config, adapter_name, remapped)
         return remapped
 
 
@@ -306,9 +310,22 @@ def _open(
     kwargs, span = open_span(module, entry, args, kwargs)
     if span is not None and not torch.compiler.is_compiling():
         _retract_active(entry.model, span)
+        if module.training and span.tells_no_prompt(entry) and torch.is_grad_enabled():
+            _warn_once(entry.model)
         if torch.is_grad_enabled():
             _carry_spans(entry.model)
     return args, kwargs
+
+
+def _warn_once(root: Root) -> None:
+    if not root.warned:
+        root.warned = True
+        log.warning(
+            "A causal language model with a ReFT is being trained without labels, so the whole "
+            "sequence is taken for the prompt. If it is not, say where the prompt ends: labels, "
+            "or prompt_mask / prompt_lengths. (label_smoothing_factor and compute_loss_func of "
+            "transformers' Trainer take the labels away from the model.)"
+        )
 
 
 def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -337,17 +354,16 @@ def _retract_active(root: Root, span: Span) -> None:
 
 # With the name of what it wraps it would be pickled as that, and a copy would lose the wrapper.
 @functools.wraps(GenerationMixin.generate, assigned=("__doc__",), updated=())
-def _generate(self: Any, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+def _generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("cache_implementation") == "paged":
         raise PositionError(PAGED)
-    generate = type(self).generate
     given = [inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs")]
     prompt = next((t for t in given if isinstance(t, Tensor)), None)
     mask = kwargs.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     columns = 1 if prompt is None else prompt.shape[1]  # 1: generate starts from a BOS
     with generation(columns, mask):
-        return generate(self, inputs, **kwargs)
+        return type(self).generate(self, inputs, *args, **kwargs)
 
 
 def _pass_adapter_names(
