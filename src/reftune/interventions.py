@@ -80,10 +80,9 @@ class Intervention(nn.Module, ABC):
         """Return the parameters that `forward` takes, R on its manifold."""
         tensors: dict[str, Tensor] = {k: p for k, p in self._parameters.items() if p is not None}
         if self.orthonormal and torch.is_grad_enabled() and tensors["R"].requires_grad:
-            # While compiling, and in a forward of FSDP, where R is a view of a flat parameter, the
-            # in-place retraction cannot run: R is orthonormalised inside the graph instead.
-            in_graph = torch.compiler.is_compiling() or self.is_view
-            tensors["R"] = OnStiefel.apply(tensors["R"], in_graph)  # type: ignore[no-untyped-call]
+            # In a forward of FSDP R is a view of a flat parameter, which no step retracts: it is
+            # orthonormalised inside the graph.
+            tensors["R"] = OnStiefel.apply(tensors["R"], self.is_view)  # type: ignore[no-untyped-call]
         return tensors
 
     def raw_R(self) -> Tensor:

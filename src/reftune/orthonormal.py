@@ -40,9 +40,8 @@ def orthonormalise(A: Tensor) -> Tensor:
     R = A if A.dtype == torch.float64 else A.float()
     eye = torch.eye(R.shape[-2], dtype=R.dtype, device=R.device)
     for shift in (1e-6, 0.0, 0.0):
-        gram = R @ R.mT
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        L, _ = torch.linalg.cholesky_ex(gram + shift * trace * eye)
+        trace = R.square().sum(dim=(-2, -1), keepdim=True)
+        L, _ = torch.linalg.cholesky_ex(R @ R.mT + shift * trace * eye)
         R = torch.linalg.solve_triangular(L, R, upper=False)
     return R.to(A.dtype)
 
