@@ -6,17 +6,19 @@ samples file: what is there is not generated again.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, final
 
 from reftune.errors import ReftConfigError, RunError
-from reftune.generate import Completion, Engine
+from reftune.generate import Completion, Engine, HFEngine
 from reftune.prompts import Example, encode_prompt, render_prompt
 from reftune.tasks import Task
 
@@ -119,6 +121,31 @@ def run(
                 _write(file, header)
             samples = _evaluate(task, engine, n, names, done, file, progress)
     return _result(task.name, samples)
+
+
+def run_all(
+    tasks: Sequence[Task],
+    engine: HFEngine,
+    *,
+    base: bool,
+    samples: Path | None,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, dict[str, Any]]:
+    """Evaluate tasks with the active adapter, and with the `base` model: {task: {who: result}}.
+
+    Generations go to `samples`/WHO/TASK.jsonl, from which a killed evaluation goes on;
+    `progress(what, done, total)` is called after every example.
+    """
+    model: Any = engine.model  # a PeftModel: a plain one has no adapter to switch off
+    results: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
+    for task in tasks:
+        for who in (["base"] if base else []) + ["adapter"]:
+            path = samples / who / f"{task.name}.jsonl" if samples else None
+            tell = functools.partial(progress, f"{task.name}, {who}")
+            with model.disable_adapter() if who == "base" else nullcontext():
+                result = run(task, engine, samples_path=path, progress=tell)
+            results[task.name][who] = dataclasses.asdict(result)
+    return results
 
 
 def read_samples(path: str | Path) -> list[Sample]:

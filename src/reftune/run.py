@@ -12,7 +12,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -112,33 +111,19 @@ def execute(
         f"Training {trainable:,} parameters ({results['percent']:.3f}% of the base) on "
         f"{len(train)} examples, {sum(train.lengths):,} tokens"
     )
-    collator = Collator(loaded.tokenizer.pad_token_id)
-    trained = fit(
-        loaded.model,
-        train,
-        heldout,
-        collator,
-        config.train,
-        directory,
-        seed=config.seed,
-        resume=resume,
-        on_progress=reporter.training,
-    )
-    if trained.interrupted:
-        raise RunError(
-            f"Training was interrupted at step {trained.steps}; a checkpoint is in "
-            f"{directory / CHECKPOINTS}. Go on with: reftune train --resume {directory / CONFIG}"
-        )
-    results["train"] = _train_results(trained)
-    if heldout is not None and trained.heldout_loss is not None:
-        with loaded.model.disable_adapter():
-            base = heldout_cross_entropy(loaded.model, heldout, collator, config.train.batch_size)
-        results["heldout"] = {"n": len(heldout), "base": base, "adapter": trained.heldout_loss}
+    _train(config, loaded, train, heldout, results, resume, reporter)
     # Until now it names the directory that the base was loaded from.
     loaded.model.peft_config["default"].base_model_name_or_path = loaded.base
     save_adapter(loaded.model, directory / ADAPTER)
     reporter.say(f"Saved the adapter to {directory / ADAPTER}")
-    results["tasks"] = evaluate_tasks(config, loaded, directory, reporter)
+    wanted = config.evaluate
+    results["tasks"] = evaluate.run_all(
+        [get_task(n, config.data.data_dir or ".", limit=wanted.limit) for n in wanted.tasks],
+        HFEngine(loaded.model, loaded.tokenizer, wanted.batch_size),
+        base=wanted.base,
+        samples=directory / "samples",
+        progress=reporter.evaluating,
+    )
     results["versions"] = versions()
     _finish(config, loaded, results, reporter)
     return results
@@ -221,32 +206,6 @@ def template_of(path: str | Path) -> str:
             values = yaml.safe_load((folder / CONFIG).read_text())
             return str(values["data"]["template"])
     return "auto"
-
-
-def evaluate_tasks(
-    config: RunConfig, loaded: Loaded, directory: Path, reporter: Reporter
-) -> dict[str, Any]:
-    """Evaluate the config's tasks, base and adapter; samples go to `directory/samples`."""
-    settings = config.evaluate
-    engine = HFEngine(loaded.model, loaded.tokenizer, settings.batch_size)
-    results: dict[str, Any] = {}
-    for name in settings.tasks:
-        task = get_task(name, config.data.data_dir or ".", limit=settings.limit)
-        results[name] = {}
-        for who in (["base"] if settings.base else []) + ["adapter"]:
-            path = directory / "samples" / who / f"{name}.jsonl"
-            label = f"{name}, {who}"
-
-            def tell(done: int, total: int, label: str = label) -> None:
-                reporter.evaluating(label, done, total)
-
-            if who == "base":
-                with loaded.model.disable_adapter():
-                    result = evaluate.run(task, engine, samples_path=path, progress=tell)
-            else:
-                result = evaluate.run(task, engine, samples_path=path, progress=tell)
-            results[name][who] = dataclasses.asdict(result)
-    return results
 
 
 def save_adapter(model: Any, directory: Path) -> None:
@@ -370,6 +329,41 @@ def _examples(config: RunConfig, sources: str | Sequence[str], split: str) -> li
             rows = load_rows(DEMO_SPLITS[split] if name == "demo" else name)
             examples += to_examples(rows, data.columns, data.system)
     return examples
+
+
+def _train(
+    config: RunConfig,
+    loaded: Loaded,
+    train: TokenDataset,
+    heldout: TokenDataset | None,
+    results: dict[str, Any],
+    resume: bool,
+    reporter: Reporter,
+) -> None:
+    """Train, and put the losses into the results. Raises RunError where Ctrl-C ended it."""
+    directory = config.directory
+    collator = Collator(loaded.tokenizer.pad_token_id)
+    trained = fit(
+        loaded.model,
+        train,
+        heldout,
+        collator,
+        config.train,
+        directory,
+        seed=config.seed,
+        resume=resume,
+        on_progress=reporter.training,
+    )
+    if trained.interrupted:
+        raise RunError(
+            f"Training was interrupted at step {trained.steps}; a checkpoint is in "
+            f"{directory / CHECKPOINTS}. Go on with: reftune train --resume {directory / CONFIG}"
+        )
+    results["train"] = _train_results(trained)
+    if heldout is not None and trained.heldout_loss is not None:
+        with loaded.model.disable_adapter():
+            base = heldout_cross_entropy(loaded.model, heldout, collator, config.train.batch_size)
+        results["heldout"] = {"n": len(heldout), "base": base, "adapter": trained.heldout_loss}
 
 
 def _train_results(trained: Trained) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -178,22 +177,13 @@ def evaluate_adapter(
     found = [get_task(name, data_dir, limit=limit) for name in tasks]
     reporter.say(f"Loading {adapter}")
     loaded = load_adapter(adapter, base=model, dtype=dtype)
-    engine = HFEngine(loaded.model, loaded.tokenizer, batch_size)
-    results: dict[str, Any] = {}
-    for task in found:
-        results[task.name] = {}
-        for who in (["base"] if base else []) + ["adapter"]:
-            samples = folder / "samples" / who / f"{task.name}.jsonl" if folder else None
-
-            def tell(done: int, total: int, label: str = f"{task.name}, {who}") -> None:
-                reporter.evaluating(label, done, total)
-
-            if who == "base":
-                with loaded.model.disable_adapter():
-                    result = evaluate.run(task, engine, samples_path=samples, progress=tell)
-            else:
-                result = evaluate.run(task, engine, samples_path=samples, progress=tell)
-            results[task.name][who] = dataclasses.asdict(result)
+    results = evaluate.run_all(
+        found,
+        HFEngine(loaded.model, loaded.tokenizer, batch_size),
+        base=base,
+        samples=folder / "samples" if folder else None,
+        progress=reporter.evaluating,
+    )
     if folder is not None:
         write_text(folder / RESULTS, json.dumps({"tasks": results}, indent=2) + "\n")
     return results
