@@ -212,8 +212,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         tensors = phi.tensors()
         chosen = self.subspaces.get(name) if chosen is None else chosen
         if chosen is not None and phi.has_rank:
-            R = tensors["R"]
-            tensors[SUBSPACE_MASK] = subspace_mask(self.configs[name], chosen, B, R.shape[0], R)
+            R, config = tensors["R"], self.configs[name]
+            # Made once for all layers of a forward: a copy to the device would wait for it.
+            key = ("subspaces", id(config), R.shape[0], B, R.device)
+            if key not in span.cache:
+                span.cache[key] = subspace_mask(config, chosen, B, R.shape[0], R)
+            tensors[SUBSPACE_MASK] = span.cache[key]
         return tensors
 
     def finish(

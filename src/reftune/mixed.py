@@ -161,10 +161,14 @@ class _Batch:
         """Return each example's parameters, (B, G, ...)."""
         parts = [self._spread(name) for name in self.members]
         tensors = {k: torch.stack([part[k] for part in parts])[member_B] for k in parts[0]}
-        mask = self._subspace_mask(span)
+        key = ("subspaces", self.key, self.rank, member_B.device)
+        if key not in span.cache:
+            mask = self._subspace_mask(span)
+            span.cache[key] = None if mask is None else mask.to(member_B.device)
+        mask = span.cache[key]
         if mask is not None:
             R = tensors["R"]
-            mask = mask.to(device=R.device, dtype=R.dtype)
+            mask = mask.to(R.dtype)
             tensors[SUBSPACE_MASK] = mask[:, None, None, :].expand(-1, R.shape[1], 1, -1)
         return tensors
 
@@ -173,7 +177,11 @@ class _Batch:
         factors = [self.layer.strength_of(name, span) for name in self.members]
         if len(set(factors)) == 1:
             return factors[0]
-        return torch.tensor(factors, device=like.device)[member_B][:, None, None]
+        key = ("strength", self.key, tuple(factors), like.device)
+        if key not in span.cache:
+            span.cache[key] = torch.tensor(factors, device=like.device)[member_B][:, None, None]
+        found: Tensor = span.cache[key]
+        return found
 
     def group_mask(self, slot_BS: Tensor, group: int) -> Tensor:
         """Return which tokens of a densely edited batch belong to a group."""
