@@ -51,6 +51,11 @@ class Options:
     strength: float | None = None
     adapter_names: Sequence[str] | None = None
 
+    @property
+    def tell_prompt(self) -> bool:
+        """Return whether they say where the prompt is."""
+        return self.prompt_mask is not None or self.prompt_lengths is not None
+
 
 FORWARD_OPTIONS = ("prompt_mask", "prompt_lengths", "subspaces")
 

@@ -334,6 +334,25 @@ def apply_grouped(
     return _edit(phi, h_BNd.transpose(0, 1), tensors, valid_BN.T).transpose(0, 1)
 
 
+def apply_dense(
+    phi: Intervention,
+    h_BSd: Tensor,
+    tensors: Tensors,
+    masks: Sequence[Tensor],
+    *,
+    per_example: bool = False,
+) -> Tensor:
+    """Return the edit (B, S, d) of every token by the Phi of the group whose mask (B, S) has it.
+
+    `tensors` have shape (G, ...), or (B, G, ...) where `per_example`. Outside the masks it is zero.
+    """
+    edit = torch.zeros_like(h_BSd)
+    for group, mask in enumerate(masks):
+        one = {name: t.select(1 if per_example else 0, group) for name, t in tensors.items()}
+        edit = torch.where(mask[..., None], _edit(phi, h_BSd, one, mask), edit)
+    return edit
+
+
 def _edit(phi: Intervention, h: Tensor, tensors: Tensors, valid: Tensor) -> Tensor:
     edit: Tensor = phi(h, tensors, valid)
     return edit

@@ -20,6 +20,7 @@ from reftune.errors import MergeError, PositionError, ReftConfigError, ReftuneEr
 from reftune.interventions import (
     SUBSPACE_MASK,
     Intervention,
+    apply_dense,
     apply_grouped,
     no_autocast,
     retract,
@@ -171,7 +172,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if strength == 0.0 or (not key.edit_generated and span.is_past_prompt(S)):
             return h_BSd
         self.check_packing(name, span)
-        if key.positions.everything or key.edit_generated or (span.is_packed and S > 1):
+        if span.is_dense(key, S):
             return self._edit_dense(name, h_BSd, span, strength)
         rows = span.rows(key, B, S, h_BSd.device)
         with no_autocast(h_BSd.device):
@@ -192,18 +193,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         B, S, _ = h_BSd.shape
         config, key = self.configs[name], self.keys[name]
         slot = span.slots(key, *key.counts, B, S, h_BSd.device)
-        edited = slot < key.num_slots
         phi = self.phi(name)
         with no_autocast(h_BSd.device):
             x = h_BSd.to(next(phi.parameters()).dtype)
             tensors = self.tensors(name, span, B)
-            groups = next(iter(tensors.values())).shape[0]
-            edit = torch.zeros_like(x)
-            for g in range(groups):  # 1, 2 (sides), or one per position
-                one = {k: t[g] for k, t in tensors.items()}
-                of_group = edited if groups == 1 else _group_mask(slot, edited, config.tied, key, g)
-                edit = torch.where(of_group[..., None], phi(x, one, of_group), edit)
-            edit = self.finish(name, x, edit, edited, strength)
+            groups = next(iter(tensors.values())).shape[0]  # 1, 2 (sides), or one per position
+            masks = key.group_masks(slot, groups, per_slot=config.tied == "none")
+            edit = apply_dense(phi, x, tensors, masks)
+            edit = self.finish(name, x, edit, slot < key.num_slots, strength)
         return h_BSd + edit.to(h_BSd.dtype)
 
     def tensors(self, name: str, span: Span, B: int) -> dict[str, Tensor]:
@@ -262,13 +259,6 @@ def subspace_mask(
     if not shared:
         mask = mask.repeat_interleave(B // len(lists), dim=0).unsqueeze(-2)
     return mask.expand(groups, *mask.shape)
-
-
-def _group_mask(slot: Tensor, edited: Tensor, tied: str, key: SlotKey, group: int) -> Tensor:
-    if tied == "none":
-        return slot == group
-    in_prefix = slot < key.positions.prefix
-    return edited & (in_prefix if group == 0 else ~in_prefix)
 
 
 def _retract_before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:

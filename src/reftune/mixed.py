@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reftune.errors import ReftConfigError
-from reftune.interventions import SUBSPACE_MASK, apply_grouped, no_autocast
+from reftune.interventions import SUBSPACE_MASK, apply_dense, apply_grouped, no_autocast
 from reftune.positions import Positions, SlotKey
 from reftune.spans import Span
 
@@ -103,18 +103,16 @@ def _edit_kind(
     with no_autocast(device):
         tensors = batch.stack(span, member_B)
         strength = batch.strength(span, member_B, h_BSd)
-        if key.positions.everything or key.edit_generated or (span.is_packed and S > 1):
-            x, edited = h_BSd.to(dtype), slot < key.num_slots
-            edit = torch.zeros_like(x)
-            for g in range(next(iter(tensors.values())).shape[1]):
-                one = {name: t[:, g] for name, t in tensors.items()}
-                of_group = batch.group_mask(slot, g)
-                edit = torch.where(of_group[..., None], phi(x, one, of_group), edit)
-            edit = layer.finish(members[0], x, edit, edited, strength)
+        split, per_slot = key.positions.prefix, batch.level == "none"
+        if span.is_dense(key, S):
+            x = h_BSd.to(dtype)
+            groups = next(iter(tensors.values())).shape[1]
+            masks = key.group_masks(slot, groups, per_slot=per_slot)
+            edit = apply_dense(phi, x, tensors, masks, per_example=True)
+            edit = layer.finish(members[0], x, edit, slot < key.num_slots, strength)
             return h_BSd + edit.to(h_BSd.dtype)
         rows = span.rows(key, B, S, device)
         x = rows.gather(h_BSd).to(dtype)
-        split, per_slot = key.positions.prefix, batch.level == "none"
         edit = apply_grouped(
             phi, x, tensors, rows.valid, split=split, per_slot=per_slot, per_example=True
         )
@@ -182,16 +180,6 @@ class _Batch:
             span.cache[key] = torch.tensor(factors, device=like.device)[member_B][:, None, None]
         found: Tensor = span.cache[key]
         return found
-
-    def group_mask(self, slot_BS: Tensor, group: int) -> Tensor:
-        """Return which tokens of a densely edited batch belong to a group."""
-        edited = slot_BS < self.key.num_slots
-        if self.level == "none":
-            return slot_BS == group
-        if self.level == "all":
-            return edited
-        in_prefix = slot_BS < self.key.positions.prefix
-        return edited & (in_prefix if group == 0 else ~in_prefix)
 
     def _spread(self, name: str) -> dict[str, Tensor]:
         """Return an adapter's parameters with the batch's rank and groups."""

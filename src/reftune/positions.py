@@ -86,6 +86,16 @@ class SlotKey:
             return 1, 0
         return self.positions.prefix, self.positions.suffix
 
+    def group_masks(self, slot_BS: Tensor, groups: int, *, per_slot: bool) -> list[Tensor]:
+        """Return which tokens (B, S) each of the groups edits, as `apply_grouped` counts groups."""
+        edited = slot_BS < self.num_slots
+        if groups == 1:
+            return [edited]
+        if per_slot:
+            return [slot_BS == slot for slot in range(groups)]
+        in_prefix = slot_BS < self.positions.prefix
+        return [edited & in_prefix, edited & ~in_prefix]
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:

@@ -106,9 +106,8 @@ class Span:
 
     def tells_no_prompt(self, entry: Entry) -> bool:
         """Return whether only the attention mask says what the prompt of a language model is."""
-        o = self.options
-        explicit = o.prompt_mask is not None or o.prompt_lengths is not None
-        return entry.causal_lm and self.labels is None and self.generation is None and not explicit
+        told = self.labels is not None or self.generation is not None or self.options.tell_prompt
+        return entry.causal_lm and not told
 
     def is_past_prompt(self, S: int) -> bool:
         """Return whether this forward of S tokens is known to hold no prompt (reads no tensor)."""
@@ -118,10 +117,8 @@ class Span:
         if self.labels is not None:
             return False
         if not isinstance(self.past, int):
-            given = o.prompt_mask is not None or o.prompt_lengths is not None
-            return (
-                self.generation is not None and not given and self.seen >= self.generation.columns
-            )
+            seen_all = self.generation is not None and self.seen >= self.generation.columns
+            return seen_all and not o.tell_prompt
         if self.past == 0:
             return False
         if o.prompt_lengths is not None:
@@ -170,6 +167,10 @@ class Span:
             and isinstance(self.past, int)
             and self.past == 0
         )
+
+    def is_dense(self, key: SlotKey, S: int) -> bool:
+        """Return whether so many tokens may be edited that all are computed, and masked."""
+        return key.positions.everything or key.edit_generated or (self.is_packed and S > 1)
 
     def _prompt(self, B: int, S: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         attended = self._attended(B, S, device)
