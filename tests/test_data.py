@@ -1,4 +1,4 @@
-"""Data: rows say where they come from, every accepted shape, batches."""
+"""Data: rows say where they come from and are read one by one; every accepted shape."""
 
 import json
 from collections.abc import Mapping
@@ -7,13 +7,11 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 
 from reftune import demo
-from reftune.data import Collator, Row, TokenDataset, load_rows, split_examples, to_examples
+from reftune.data import Row, iter_examples, iter_rows, load_rows, to_examples
 from reftune.errors import DataError, ReftConfigError
-from reftune.prompts import Encoded, Example, Instruction, encode_examples
-from tokenizers_for_tests import byte_tokenizer
+from reftune.prompts import Instruction
 
 ROWS = [{"prompt": "a\u2028b", "completion": "ü"}, {"prompt": "c", "completion": "d\ne"}]
 
@@ -87,16 +85,22 @@ def test_a_directory_that_datasets_saved(tmp_path: Path, splits: bool) -> None:
 def test_a_name_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, config, split))
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Any:
+        asked.append((name, config, split, streaming))
         if name == "nobody/nothing":
             raise datasets.exceptions.DatasetNotFoundError("not there")
-        return datasets.Dataset.from_list(ROWS)
+        loaded = datasets.Dataset.from_list(ROWS)
+        return loaded.to_iterable_dataset() if streaming else loaded
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_rows("org/name")[1].where == "org/name[1]"
     load_rows("org/name:main", split="test")
-    assert asked == [("org/name", None, "train"), ("org/name", "main", "test")]
+    assert fields(list(iter_rows("org/name", streaming=True))) == ROWS
+    assert asked == [
+        ("org/name", None, "train", False),
+        ("org/name", "main", "test", False),
+        ("org/name", None, "train", True),
+    ]
     with pytest.raises(DataError, match=r"'nobody/nothing' .*split 'train'.*not there"):
         load_rows("nobody/nothing")
 
@@ -107,6 +111,40 @@ def test_limit_keeps_the_first_and_reads_no_further(tmp_path: Path) -> None:
     assert load_rows(path, limit=0) == []
     with pytest.raises(ReftConfigError, match="limit is -1"):
         load_rows(path, limit=-1)
+
+
+def test_a_stream_that_breaks_names_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream() -> Any:
+        yield ROWS[0]
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream())
+    rows = iter_rows("org/name", streaming=True)
+    assert next(rows).fields == ROWS[0]
+    with pytest.raises(DataError, match=r"'org/name' .*gone"):
+        next(rows)
+
+
+def test_rows_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    """What is wrong further down does not matter to who reads only the beginning."""
+    good = json.dumps(ROWS[0])
+    paths = [
+        write(tmp_path / "x.jsonl", f"{good}\n" + "not json"),
+        write(tmp_path / "x.csv", "prompt,completion\na,b\n1,2,3"),
+    ]
+    for path in paths:
+        examples = iter_examples(iter_rows(path))
+        assert next(examples).where.endswith(":1" if path.suffix == ".jsonl" else ":2")
+        with pytest.raises(DataError, match="not JSON|3 cells"):
+            next(examples)
+
+
+def test_parquet_is_read_in_batches_that_go_on_counting(tmp_path: Path) -> None:
+    many = [{"prompt": str(i), "completion": "c"} for i in range(2500)]
+    datasets.Dataset.from_list(many).to_parquet(tmp_path / "x.parquet", batch_size=700)
+    rows = list(iter_rows(tmp_path / "x.parquet"))
+    assert fields(rows) == many
+    assert places(rows) == [f"x.parquet[{i}]" for i in range(2500)]
 
 
 @pytest.mark.parametrize(
@@ -200,8 +238,9 @@ def test_a_row_that_does_not_fit_is_named(
 
 
 def test_a_column_that_we_do_not_have_is_named() -> None:
-    with pytest.raises(ReftConfigError, match=r"'promt'; accepted: .*Did you mean 'prompt'"):
-        to_examples([], {"promt": "question"})
+    for convert in (to_examples, iter_examples):  # also before any row is asked for
+        with pytest.raises(ReftConfigError, match=r"'promt'; accepted: .*Did you mean 'prompt'"):
+            convert([], {"promt": "question"})
 
 
 def test_a_system_message_is_put_in_front_unless_the_row_has_one() -> None:
@@ -214,41 +253,6 @@ def test_a_system_message_is_put_in_front_unless_the_row_has_one() -> None:
     ]
     prompts = [example.prompt for example in to_examples(rows, system="given")]
     assert prompts == [(given, USER), (own, USER), Instruction("p", "i", "given")]
-
-
-def test_a_split_is_deterministic_and_complete() -> None:
-    examples = [Example(str(index), "c") for index in range(20)]
-    kept, apart = split_examples(examples, 0.25, seed=1)
-    assert (len(kept), len(apart)) == (15, 5)
-    assert sorted(kept + apart, key=lambda x: int(x.prompt)) == examples  # type: ignore[arg-type]
-    assert (kept, apart) == split_examples(examples, 0.25, seed=1)
-    assert apart != split_examples(examples, 0.25, seed=2)[1]
-    for fraction in (0, 1, 0.01, -0.5):
-        with pytest.raises(ReftConfigError, match="cannot be set apart"):
-            split_examples(examples, fraction, seed=1)
-
-
-def test_a_batch_is_padded_on_the_right_and_masked_by_length() -> None:
-    pad = 2  # also eos, which the first row ends with
-    data = TokenDataset([Encoded([5, 6, 2], 1), Encoded([7], 1)])
-    assert data.lengths == [3, 1]
-    batch = Collator(pad)([data[index] for index in range(len(data))])
-    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
-    assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 2], [-100, -100, -100]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    wide = Collator(pad, pad_to_multiple_of=8)([data[0]])
-    assert {tuple(tensor.shape) for tensor in wide.values()} == {(1, 8)}
-    assert wide["labels"].tolist() == [[-100, 6, 2, *[-100] * 5]]
-
-
-def test_a_torch_data_loader_takes_both() -> None:
-    encoded = encode_examples([Example("hi", "there")] * 3, byte_tokenizer(), "none", 64)
-    loader = torch.utils.data.DataLoader(
-        TokenDataset(encoded), batch_size=2, collate_fn=Collator(0)
-    )
-    assert [batch["input_ids"].shape for batch in loader] == [(2, 8), (1, 8)]
 
 
 def test_the_demo_data_has_the_behaviour_that_it_counts() -> None:

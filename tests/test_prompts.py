@@ -1,5 +1,7 @@
 """Prompts: the border between prompt and completion, and that generation sees the same prompt."""
 
+from typing import Any
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -185,6 +187,32 @@ def test_encoding_one_is_encoding_many() -> None:
     many = encode_examples(examples, tokenizer, "auto", 200)
     assert many == [encode(example, tokenizer, "auto", 200) for example in examples]
     assert encode_examples([], tokenizer, "auto", 200) == []
+
+
+@pytest.mark.parametrize("kind", ["merging", "sentencepiece"])
+def test_encoding_one_is_encoding_many_where_some_merge_across_the_border(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    borders = [("a:", "\nb"), ("hi", "there"), ("x\n", "\ny"), ("hi ", " hi"), ("t", "here")]
+    examples = [Example(before, after) for before, after in borders * 2]
+    many = encode_examples(examples, tokenizer, "none", 64)
+    assert many == [encode(example, tokenizer, "none", 64) for example in examples]
+
+
+def test_completions_that_merge_are_tokenised_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def count(*args: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return call(*args, **settings)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", count)
+    counts = []
+    for n in (2, 20):
+        calls.clear()
+        encode_examples([Example("a:", "\nb")] * n, TOKENIZERS["merging"], "none", 64)
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
 
 
 def test_errors_name_the_row_and_what_to_do() -> None:

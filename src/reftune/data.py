@@ -1,9 +1,10 @@
-"""Data sets -> rows -> Examples -> batches; the one collator.
+"""Data sets -> rows -> Examples.
 
-    load_rows(source) -> [Row] -> to_examples(rows) -> [Example]
-    prompts.encode_examples(...) -> [Encoded] -> TokenDataset -> Collator -> a batch of tensors
+    iter_rows(source) -> Row, ... -> iter_examples(rows) -> Example, ...
+    TokenDataset.from_examples(examples, ...) -> Collator -> a batch of tensors
 
-Every row knows where it came from, and every complaint about it says so.
+Every row knows where it came from, and every complaint about it says so. Rows are read one by one,
+those of a .json file excepted.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from __future__ import annotations
 import csv
 import json
 import os
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final, TypedDict, final
-
-import torch
-from torch.utils.data import Dataset
+from typing import Any, Final
 
 from reftune.errors import DataError, ReftConfigError, did_you_mean
-from reftune.prompts import IGNORED_LABEL, Encoded, Example, Instruction, Message, Prompt
+from reftune.prompts import Example, Instruction, Message, Prompt
+from reftune.tokens import Collator as Collator
+from reftune.tokens import TokenDataset as TokenDataset
+from reftune.tokens import TokenRow as TokenRow
 
+_PARQUET_ROWS = 1000  # that are in memory at once
 _COLUMNS = ("prompt", "completion", "messages", "instruction", "input", "output", "answer")
 _SHAPES = (
     "prompt + completion (texts, or lists of messages), messages (the last one the assistant's), "
@@ -41,11 +42,7 @@ class Row:
 
 
 def load_rows(source: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Read rows from a file, a directory or the Hub; `limit` keeps the first ones.
-
-    A file is .json (a list of objects, or {"data": [...]}), .jsonl, .csv or .parquet. A directory
-    holds such a file named after `split`, or was written by `datasets.save_to_disk`. Anything else
-    is a data set of the Hub, "name" or "name:config".
+    """Read rows as `iter_rows` does; `limit` keeps the first ones.
 
     Raises:
         DataError: there is no such source or split, or a row cannot be read; names file and line.
@@ -53,21 +50,41 @@ def load_rows(source: str | Path, split: str = "train", limit: int | None = None
     """
     if limit is not None and limit < 0:
         raise ReftConfigError(f"limit is {limit}; it is a number of rows, or None for all of them.")
+    return list(islice(iter_rows(source, split), limit))
+
+
+def iter_rows(
+    source: str | Path, split: str = "train", *, streaming: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of a file, a directory or a data set of the Hub, one at a time.
+
+    A file is .json (a list of objects, or {"data": [...]}), .jsonl, .csv or .parquet. A directory
+    holds such a file named after `split`, or was written by `datasets.save_to_disk`. Anything else
+    is a data set of the Hub, "name" or "name:config", which `streaming` does not download first.
+
+    Raises:
+        DataError: there is no such source or split, or a row cannot be read; names file and line.
+    """
     path = Path(source).expanduser()
     if path.is_file():
-        rows = _read_file(path)
-    elif path.is_dir():
-        rows = _read_directory(path, split)
-    elif _looks_like_path(str(source)):
+        return _read_file(path)
+    if path.is_dir():
+        return _read_directory(path, split)
+    if _looks_like_path(str(source)):
         raise DataError(f"There is no data file or directory {str(source)!r}.{_neighbours(path)}")
-    else:
-        rows = _read_hub(str(source), split)
-    return list(islice(rows, limit))
+    return _read_hub(str(source), split, streaming)
 
 
 def to_examples(
-    rows: Sequence[Row], columns: Mapping[str, str] | None = None, system: str | None = None
+    rows: Iterable[Row], columns: Mapping[str, str] | None = None, system: str | None = None
 ) -> list[Example]:
+    """Turn rows into examples; see `iter_examples`."""
+    return list(iter_examples(rows, columns, system))
+
+
+def iter_examples(
+    rows: Iterable[Row], columns: Mapping[str, str] | None = None, system: str | None = None
+) -> Iterator[Example]:
     """Turn rows into examples; `columns` maps our names to the rows', `system` is put in front.
 
     The shapes, in this order: prompt + completion (texts, or lists of messages), messages (the
@@ -84,78 +101,7 @@ def to_examples(
                 f"columns has the name {name!r}; accepted: {', '.join(_COLUMNS)}."
                 f"{did_you_mean(name, list(_COLUMNS))}"
             )
-    return [_to_example(row, columns, system) for row in rows]
-
-
-def split_examples(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Set the share `fraction` of the examples apart; return (the others, those), both in order.
-
-    Raises:
-        ReftConfigError: `fraction` is not between 0 and 1, or one of the two would be empty.
-    """
-    count = round(len(examples) * fraction)
-    if not 0 < fraction < 1 or not 0 < count < len(examples):
-        raise ReftConfigError(
-            f"{fraction} of {len(examples)} examples cannot be set apart: give a fraction between "
-            "0 and 1 that leaves at least one example on either side."
-        )
-    apart = set(random.Random(seed).sample(range(len(examples)), count))
-    kept = [x for index, x in enumerate(examples) if index not in apart]
-    return kept, [examples[index] for index in sorted(apart)]
-
-
-class TokenRow(TypedDict):
-    """The tokens of one example and their labels, of the same length."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-@final
-class TokenDataset(Dataset[TokenRow]):
-    """Encoded examples as a torch data set; `lengths` serves samplers that group by length."""
-
-    def __init__(self, encoded: Sequence[Encoded]) -> None:
-        self._encoded = list(encoded)
-        self.lengths = [len(one.input_ids) for one in self._encoded]
-
-    def __len__(self) -> int:
-        return len(self._encoded)
-
-    def __getitem__(self, index: int) -> TokenRow:
-        one = self._encoded[index]
-        return {"input_ids": one.input_ids, "labels": one.labels}
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Collator:
-    """Pad rows on the right into a batch of (B, L) tensors: input_ids, attention_mask, labels.
-
-    The attention mask comes from the lengths: a pad token is often eos, too, which a completion
-    has to be able to contain.
-    """
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
-        """Return the batch; `labels` is -100 on padding."""
-        length = max(len(row["input_ids"]) for row in rows)
-        if self.pad_to_multiple_of:
-            length += -length % self.pad_to_multiple_of
-        ids_BL = torch.full((len(rows), length), self.pad_token_id)
-        mask_BL = torch.zeros((len(rows), length), dtype=torch.long)
-        labels_BL = torch.full((len(rows), length), IGNORED_LABEL)
-        for index, row in enumerate(rows):
-            size = len(row["input_ids"])
-            assert len(row["labels"]) == size, "labels and input_ids differ in length"
-            ids_BL[index, :size] = torch.tensor(row["input_ids"])
-            mask_BL[index, :size] = 1
-            labels_BL[index, :size] = torch.tensor(row["labels"])
-        return {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": labels_BL}
+    return (_to_example(row, columns, system) for row in rows)
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -222,11 +168,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        fields = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(_PARQUET_ROWS)
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for index, fields in enumerate(rows):
+                yield Row(fields, f"{path}[{index}]")
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
-    for index, row in enumerate(fields):
-        yield Row(row, f"{path}[{index}]")
 
 
 _READERS: Final[Mapping[str, Callable[[Path], Iterator[Row]]]] = {
@@ -272,18 +220,19 @@ def _read_saved(path: Path, split: str) -> Iterator[Row]:
     return (Row(fields, f"{path}[{index}]") for index, fields in enumerate(loaded))
 
 
-def _read_hub(source: str, split: str) -> Iterator[Row]:
+def _read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
     import datasets
 
     name, _, config = source.partition(":")
     try:
-        loaded = datasets.load_dataset(name, config or None, split=split)
+        loaded = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        for index, fields in enumerate(loaded):
+            yield Row(fields, f"{source}[{index}]")
     except (OSError, ValueError) as error:  # datasets' and the Hub's errors derive from these
         raise DataError(
             f"The data set {source!r} (split {split!r}) is no file or directory here, and cannot "
             f"be loaded from the Hub: {error}"
         ) from error
-    return (Row(fields, f"{source}[{index}]") for index, fields in enumerate(loaded))
 
 
 def _looks_like_path(source: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
 from reftune.errors import DataError, ReftConfigError, did_you_mean
@@ -236,24 +237,32 @@ def _tokenized(
             prompts.append(render_prompt(example.prompt, tokenizer, template))
     completions = [_completion_text(x, name) for x, name in zip(examples, chosen, strict=True)]
     together = [a + b for a, b in zip(prompts, completions, strict=True)]
+    before = _tokenize(prompts, tokenizer)
+    after = _added(before, _tokenize(together, tokenizer), completions, tokenizer)
     result = []
-    for example, name, completion, before, whole in zip(
-        examples,
-        chosen,
-        completions,
-        _tokenize(prompts, tokenizer),
-        _tokenize(together, tokenizer),
-        strict=True,
-    ):
-        merged = whole[: len(before)] != before
-        after = _tokenize([completion], tokenizer)[0] if merged else whole[len(before) :]
+    for example, name, ids, added in zip(examples, chosen, before, after, strict=True):
         end = turn_end if name == "chat" else _eos(tokenizer)
-        if end and after[-len(end) :] == end:
+        if end and added[-len(end) :] == end:
             end = []
         with _naming(example):
-            prompt = _prompt_ids(before, prefixes[name])
-        result.append((example, prompt, after + end))
+            prompt = _prompt_ids(ids, prefixes[name])
+        result.append((example, prompt, added + end))
     return result
+
+
+def _added(
+    before: list[list[int]],
+    together: list[list[int]],
+    completions: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[int]]:
+    """Return the completions' tokens; those that merge with the prompt's are tokenised alone."""
+    merged = [b != t[: len(b)] for b, t in zip(before, together, strict=True)]
+    alone = iter(_tokenize(list(compress(completions, merged)), tokenizer))
+    return [
+        next(alone) if merges else ids[len(prompt) :]
+        for prompt, ids, merges in zip(before, together, merged, strict=True)
+    ]
 
 
 def _completion_text(example: Example, template: Template) -> str:

@@ -17,33 +17,31 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
-from reftune import demo, evaluate
+from reftune import evaluate
 from reftune.callbacks import CHECKPOINTS, Progress
 from reftune.card import model_card
 from reftune.config import ReftConfig
-from reftune.data import Collator, TokenDataset, load_rows, split_examples, to_examples
 from reftune.errors import ReftConfigError, RunError
 from reftune.generate import HFEngine
 from reftune.models import EMBEDDED, load_model
 from reftune.plots import plot_loss
-from reftune.prompts import Example, encode_examples
 from reftune.settings import RunConfig, load_config
+from reftune.sources import read_examples, tokenise
 from reftune.tasks import get_task
-from reftune.tasks.commonsense import NAMES as COMMONSENSE
-from reftune.tasks.commonsense import training_examples
+from reftune.tokens import Collator, TokenDataset
 from reftune.train import LOG, Trained, fit, heldout_cross_entropy
 
-DEMO_SPLITS = {"train": demo.TRAIN, "heldout": demo.HELDOUT}
 ADAPTER = "adapter"
 RESULTS = "results.json"
 CONFIG = "config.yaml"
+# Keys of data that may differ when a run is resumed: the tokens are the same.
+HOW_DATA_IS_READ = ("cache_dir", "num_proc", "streaming")
 
 
 class Reporter(Protocol):
@@ -127,33 +125,6 @@ def execute(
     results["versions"] = versions()
     _finish(config, loaded, results, reporter)
     return results
-
-
-def read_examples(config: RunConfig) -> tuple[list[Example], list[Example]]:
-    """Return the training examples and those held out. Raises DataError, ReftConfigError."""
-    data = config.data
-    examples = _examples(config, data.train, "train")[: data.limit]
-    if not examples:
-        raise ReftConfigError(f"data.train={data.train!r} holds no examples.")
-    if data.heldout is not None:
-        return examples, _examples(config, data.heldout, "heldout")
-    if data.heldout_fraction:
-        return split_examples(examples, data.heldout_fraction, config.seed)
-    return examples, []
-
-
-def tokenise(
-    config: RunConfig, examples: tuple[list[Example], list[Example]], tokenizer: Any
-) -> tuple[TokenDataset, TokenDataset | None]:
-    """Return training and held-out examples as tokens. Raises DataError for a long prompt."""
-    data = config.data
-    train, heldout = (
-        TokenDataset(
-            encode_examples(part, tokenizer, data.template, data.max_length, data.long_prompts)
-        )
-        for part in examples
-    )
-    return train, heldout if len(heldout) else None
 
 
 def load_adapter(
@@ -293,6 +264,7 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
         for section, value in now.items()
         if section in ("model", "dtype", "seed", "adapter", "data", "train")
         for key in (value if isinstance(value, dict) else [section])
+        if not (section == "data" and key in HOW_DATA_IS_READ)
         if (value[key] if isinstance(value, dict) else value)
         != (before.get(section, {}).get(key) if isinstance(value, dict) else before.get(section))
     ]
@@ -313,22 +285,6 @@ def _attach(config: RunConfig) -> Loaded:
     base = EMBEDDED[config.model][1] if config.model in EMBEDDED else config.model
     set_seed(config.seed)
     return Loaded(peft.get_peft_model(model, config.reft_config()), tokenizer, base)
-
-
-def _examples(config: RunConfig, sources: str | Sequence[str], split: str) -> list[Example]:
-    data = config.data
-    names = [sources] if isinstance(sources, str) else list(sources)
-    tasks = [name for name in names if name in COMMONSENSE and not Path(name).exists()]
-    examples: list[Example] = []
-    if tasks:
-        if data.data_dir is None:
-            raise ReftConfigError(f"data.train names tasks ({tasks}); give their data.data_dir.")
-        examples += training_examples(data.data_dir, tasks, seed=config.seed)
-    for name in names:
-        if name not in tasks:
-            rows = load_rows(DEMO_SPLITS[split] if name == "demo" else name)
-            examples += to_examples(rows, data.columns, data.system)
-    return examples
 
 
 def _train(

@@ -57,6 +57,17 @@ class DataSettings(BaseModel):
     max_length: int = Field(512, ge=2, description="tokens of prompt and completion")
     long_prompts: LongPrompts = Field("error", description="prompts that leave no room")
     limit: int | None = Field(None, ge=1, description="use the first so many examples")
+    cache_dir: str | None = Field(
+        "auto",
+        description="folder where tokens are kept for the next run; auto: tokens in $REFTUNE_CACHE "
+        "(~/.cache/reftune), for large data; null: they are not kept",
+    )
+    num_proc: int | None = Field(
+        None, ge=1, description="processes that tokenise; default: more than one for large data"
+    )
+    streaming: bool = Field(
+        False, description="read Hub data sets row by row, anew in each run, without a download"
+    )
 
 
 class EvaluateSettings(BaseModel):

@@ -1,0 +1,83 @@
+"""Work in other processes: order, laziness, errors, a process that dies."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from reftune.errors import DataError, RunError
+from reftune.workers import in_workers, one_thread_tokenizers
+
+
+def slow_at_first(item: int) -> tuple[int, int]:
+    time.sleep(0.05 if item == 0 else 0)
+    return item, os.getpid()
+
+
+def refuse_five(item: int) -> int:
+    if item == 5:
+        raise DataError("f.jsonl:5: no")
+    return item
+
+
+def die(item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_results_come_in_order_from_other_processes() -> None:
+    results = list(in_workers(slow_at_first, range(20), 2))
+    assert [item for item, _ in results] == list(range(20))
+    assert os.getpid() not in {process for _, process in results}
+
+
+def test_items_are_read_as_results_are_taken() -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(1000):
+            read.append(item)
+            yield item
+
+    results = in_workers(refuse_five, items(), 2)
+    assert next(results) == 0
+    assert len(read) <= 6
+    results.close()  # type: ignore[attr-defined]
+    assert len(read) <= 6
+
+
+def test_an_error_comes_where_its_result_would() -> None:
+    results = in_workers(refuse_five, range(10), 2)
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match=r"^f\.jsonl:5: no$"):
+        next(results)
+
+
+def test_a_process_that_is_killed_is_said_and_does_not_hang() -> None:
+    with pytest.raises(RunError, match="has died, most likely for lack of memory"):
+        list(in_workers(die, range(10), 2))
+
+
+def test_ctrl_c_is_for_the_parent() -> None:
+    for signalled in in_workers(interrupt_self, range(2), 1):
+        assert signalled
+
+
+def interrupt_self(item: int) -> bool:
+    os.kill(os.getpid(), signal.SIGINT)
+    return True
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_what_the_user_said_about_threads_is_kept(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    with one_thread_tokenizers():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
