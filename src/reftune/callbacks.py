@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from reftune.data import TokenDataset
 from reftune.errors import RunError
 
 CHECKPOINTS = "checkpoints"
@@ -99,11 +98,11 @@ class Watch(TrainerCallback):
 
     def __init__(
         self,
-        data: TokenDataset,
+        lengths: Iterable[int],
         total_steps: int,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self._tokens_per_epoch = sum(data.lengths)
+        self._tokens_per_epoch = sum(lengths)
         self._start_epoch = 0.0
         self.tokens = 0
         self._on_progress = on_progress

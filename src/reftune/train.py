@@ -9,16 +9,20 @@ run at once, and a resumed run goes on as if it had not been interrupted.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, Protocol, final
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
     Trainer,
@@ -38,14 +42,27 @@ from reftune.callbacks import (
 )
 from reftune.data import Collator, TokenDataset
 from reftune.errors import RunError
+from reftune.speed.offload import left_where_they_are
+from reftune.speed.plan import Shortcuts, SpeedSettings, choose, describe
+from reftune.speed.training import Step, difference, taking
 
 LOG = "log.jsonl"
 
+log = logging.getLogger("reftune")
 
-class TrainSettings(BaseModel):
+
+class TrainingData(Protocol):
+    """Examples to train on, with the number of tokens of each."""
+
+    lengths: Sequence[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class TrainSettings(SpeedSettings):
     """How to train; the defaults are the paper's for commonsense reasoning."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: float = Field(6, gt=0, description="passes over the training data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
@@ -71,6 +88,17 @@ class TrainSettings(BaseModel):
     )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU where there is one")
 
+    @model_validator(mode="after")
+    def _offloading_recomputes(self) -> TrainSettings:
+        if self.offload_base and not self.gradient_checkpointing:
+            raise ValueError("offload_base is true; it needs gradient_checkpointing: true")
+        return self
+
+    @property
+    def on_accelerator(self) -> bool:
+        """Return whether training runs on a GPU."""
+        return self.device != "cpu" and torch.cuda.is_available()
+
     def arguments(self, directory: Path, seed: int, num_examples: int) -> TrainingArguments:
         """Return the arguments of transformers' Trainer for a run in `directory`."""
         return TrainingArguments(
@@ -95,7 +123,7 @@ class TrainSettings(BaseModel):
             save_steps=self.save_steps or 500,
             save_total_limit=self.save_total_limit,
             dataloader_num_workers=self.num_workers,
-            dataloader_pin_memory=self.device != "cpu" and _has_accelerator(),
+            dataloader_pin_memory=self.on_accelerator,
             report_to=list(self.report_to) or "none",
             remove_unused_columns=False,
             disable_tqdm=True,
@@ -109,6 +137,12 @@ class TrainSettings(BaseModel):
             return self.max_steps
         batches = math.ceil(num_examples / self.batch_size)
         return math.ceil(self.epochs * math.ceil(batches / self.gradient_accumulation_steps))
+
+    def passes(self, num_examples: int) -> float:
+        """Return how often a run on one device sees an example."""
+        if self.max_steps is None:
+            return self.epochs
+        return self.max_steps * self.batch_size * self.gradient_accumulation_steps / num_examples
 
     def warmup_steps(self, num_examples: int) -> int:
         """Return how many steps the learning rate rises."""
@@ -129,9 +163,9 @@ class Trained:
 
 def fit(
     model: Any,
-    train: TokenDataset,
+    train: TrainingData,
     heldout: TokenDataset | None,
-    collator: Collator,
+    collator: Any,
     settings: TrainSettings,
     directory: Path,
     *,
@@ -153,20 +187,21 @@ def fit(
     total = settings.total_steps(len(train))
     if checkpoint is not None and step_of(checkpoint) >= total:
         return _trained_before(model, heldout, collator, settings, checkpoint)
-    log = LogFile(directory / LOG, after_step=step_of(checkpoint))
-    watch = Watch(train, total, on_progress)
+    log_file = LogFile(directory / LOG, after_step=step_of(checkpoint))
+    watch = Watch(train.lengths, total, on_progress)
     interrupt = Interrupt()
-    trainer = _Trainer(
-        model=model,
-        args=settings.arguments(directory, seed, len(train)),
-        train_dataset=train,
-        data_collator=collator,
-        callbacks=[log, watch, interrupt, StopAtNaN(directory)],
-    )
-    _silence_printing(trainer)
     start = time.perf_counter()
-    with interrupt.handling():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with shortcuts(model, train, collator, settings, directory) as step:
+        trainer = _Trainer(
+            step,
+            model=model,
+            args=settings.arguments(directory, seed, len(train)),
+            train_dataset=train,
+            callbacks=[log_file, watch, interrupt, StopAtNaN(directory)],
+        )
+        _silence_printing(trainer)
+        with interrupt.handling():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     heldout_loss = None
     if heldout is not None and len(heldout) and not interrupt.asked:
@@ -179,6 +214,50 @@ def fit(
         interrupted=interrupt.asked,
         heldout_loss=heldout_loss,
     )
+
+
+@contextmanager
+def shortcuts(
+    model: Any, train: TrainingData, collator: Any, settings: TrainSettings, directory: Path
+) -> Iterator[Step]:
+    """Let a model take, in a block, the shortcuts that give the loss and gradients it gives.
+
+    Whether they do is tried on two short examples; where not, it takes fewer, and says why.
+    """
+    seen = describe(model)
+    chosen = Shortcuts()
+    if seen is not None and len(train):
+        lengths = torch.as_tensor(np.asarray(train.lengths))
+        chosen = choose(
+            seen,
+            model,
+            settings,
+            lengths=lengths,
+            prompt_lengths=torch.as_tensor(
+                np.asarray(getattr(train, "prompt_lengths", train.lengths))
+            ),
+            epochs=settings.passes(len(train)),
+            gradient_checkpointing=settings.gradient_checkpointing,
+            device=torch.device("cuda" if settings.on_accelerator else "cpu"),
+            folder=directory,
+        )
+        rows = [train[i] for i in lengths.argsort()[:2].tolist()]
+        for candidate in (
+            chosen,
+            replace(chosen, unread=False),
+            Shortcuts(on=chosen.on, offload=chosen.offload),
+        ):
+            tried = replace(candidate, offload=None)
+            reason = difference(seen, tried, model, collator, rows)
+            chosen = candidate
+            if reason is None:
+                break
+            log.info("Not with this model: %s (%s).", candidate, reason)
+        else:
+            log.warning("Training takes no shortcuts with this model: %s.", reason)
+            chosen = Shortcuts()
+    with taking(seen, chosen, collator) as step:
+        yield step
 
 
 def mean_loss(log: Sequence[Mapping[str, float]]) -> float:
@@ -226,10 +305,6 @@ def heldout_cross_entropy(
     return total / max(count, 1)
 
 
-def _has_accelerator() -> bool:
-    return torch.cuda.is_available()
-
-
 def _silence_printing(trainer: Trainer) -> None:
     """Take away the callback that prints each log line as a dictionary: there is a bar."""
     from transformers.trainer_callback import PrinterCallback
@@ -268,11 +343,25 @@ class EpochSampler(Sampler[int]):
 
 
 class _Trainer(Trainer):
-    """transformers' Trainer with an order of examples that survives a resume."""
+    """transformers' Trainer with shortcuts, and an order of examples that survives a resume."""
+
+    def __init__(self, step: Step, **kwargs: Any) -> None:
+        self.step = step
+        super().__init__(data_collator=step.collate, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        loss = super().compute_loss(model, self.step.before(inputs), *args, **kwargs)
+        self.step.after()
+        return loss
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        with left_where_they_are(self.step.offloaded):
+            super()._move_model_to_device(model, device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        data = train_dataset if train_dataset is not None else self.train_dataset
-        assert isinstance(data, TokenDataset)
+        data: Any = train_dataset if train_dataset is not None else self.train_dataset
         grouped = self.args.train_sampling_strategy == "group_by_length"
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochSampler(data.lengths, size if grouped else None, self.args.seed)

@@ -1,0 +1,102 @@
+"""Attention in training: transformers' SDPA, where it is slow done otherwise, and for packed rows.
+
+Registered with transformers as an attention implementation of its own; `in_training` puts it in
+the place of "sdpa" for a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "reftune_sdpa"
+_PACKING = ("cu_seq_lens_k", "max_length_k", "position_ids")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention (B, S, H, D) of query, key and value (B, H, S, D), as transformers does.
+
+    On a CPU the backward of SDPA in bfloat16 takes up to ten times as long as in float32 (torch
+    2.13), so there it is computed in float32.
+    """
+    if kwargs.get("cu_seq_lens_q") is not None and _fits_window(kwargs):
+        return _packed(module, query, key, value, **kwargs), None
+    dtype = query.dtype
+    if dtype is torch.bfloat16 and query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return out.to(dtype), None
+
+
+def _fits_window(kwargs: dict[str, Any]) -> bool:
+    """Return whether a sliding window, if the layer has one, holds the longest packed sequence."""
+    window = kwargs.get("sliding_window")
+    return window is None or kwargs["max_length_q"] <= window
+
+
+def _packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **kwargs: Any,
+) -> Tensor:
+    """Return the attention (1, N, H, D) of sequences packed into one row, none across another.
+
+    They are unpacked for the attention alone: nothing else is computed on padding.
+    """
+    starts, ends = cu_seq_lens_q[:-1, None].long(), cu_seq_lens_q[1:, None].long()
+    column = torch.arange(max_length_q, device=query.device)
+    real = column < ends - starts
+    rows = torch.where(real, starts + column, starts)
+
+    def unpack(t: Tensor) -> Tensor:
+        return t[0].transpose(0, 1)[rows].transpose(1, 2)  # (B, H, S, D)
+
+    given = {k: v for k, v in kwargs.items() if k not in _PACKING}
+    out, _ = attention(module, unpack(query), unpack(key), unpack(value), None, **given)
+    return out.flatten(0, 1).index_select(0, _flat(starts, column, real)[: query.shape[2]])[None]
+
+
+def _flat(starts: Tensor, column: Tensor, real: Tensor) -> Tensor:
+    """Return where each packed token is in the flattened (B*S) unpacked ones, without a sync."""
+    B, S = real.shape
+    flat = torch.arange(B * S, device=real.device)
+    packed = torch.where(real.flatten(), (starts + column).flatten(), B * S)
+    return flat.new_zeros(B * S + 1).scatter(0, packed, flat)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def in_training(model: PreTrainedModel) -> Iterator[None]:
+    """Use `attention` in a block where the model uses transformers' SDPA."""
+    if model.config._attn_implementation != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")

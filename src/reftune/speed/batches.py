@@ -1,0 +1,174 @@
+"""Batches for training: what the model computes, and which rows of it something reads.
+
+    padded    on the right; a causal model then needs no mask
+    headed    only the tails are in the batch, the heads (see `speed.frozen`) beside it
+    packed    all examples in one row, position ids restart with each
+
+Shapes: B examples, T columns, P columns of the heads (what they share, then
+the rest, padded on the left), N rows that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from reftune.data import TokenRow
+from reftune.prompts import IGNORED_LABEL
+
+WORTH = 0.1
+"""The share of padding from which leaving it out gains more than picking rows costs."""
+
+
+@dataclass(frozen=True)
+class CausalBatches:
+    """Collate rows for a causal language model whose loss reads labelled rows only.
+
+    Attributes:
+        pad_token_id: fills columns; never attended.
+        head: returns where the tails begin, of prompts of the lengths given (B,); None: no heads.
+        numbered: whether the batch says which examples it holds (`index`, `lengths`).
+        packed: whether all examples share one row.
+    """
+
+    pad_token_id: int
+    head: Callable[[Tensor], Tensor] | None = None
+    numbered: bool = False
+    packed: bool = False
+
+    def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
+        """Return the batch; see the module."""
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+        batch = self._packed(ids, labels) if self.packed else self._padded(ids, labels)
+        if self.numbered:
+            batch["index"] = [int(row["index"]) for row in rows]
+        return batch | _reads(batch["labels"])
+
+    def _padded(self, ids: list[Tensor], labels: list[Tensor]) -> dict[str, Any]:
+        starts = [0] * len(ids)
+        if self.head is not None:
+            starts = self.head(torch.tensor([_prompt_length(one) for one in labels])).tolist()
+        tails = [one[start:] for one, start in zip(ids, starts, strict=True)]
+        targets = [one[start:] for one, start in zip(labels, starts, strict=True)]
+        batch: dict[str, Any] = {
+            "input_ids": pad_sequence(tails, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL),
+        }
+        if self.numbered:
+            batch["lengths"] = [len(one) for one in tails]
+        batch |= real_rows([len(one) for one in tails])
+        unlabelled = any(not bool(one.ne(IGNORED_LABEL).any()) for one in targets)
+        if any(starts):
+            heads = [one[:start] for one, start in zip(ids, starts, strict=True)]
+            return batch | self._heads(heads, tails, targets)
+        if unlabelled:  # then the mask tells where its prompt ends
+            batch["attention_mask"] = _mask(tails)
+        return batch
+
+    def _heads(
+        self, heads: list[Tensor], tails: list[Tensor], targets: list[Tensor]
+    ) -> dict[str, Any]:
+        shared, tail_mask = _shared_beginning(heads), _mask(tails)
+        rests = [one[shared:] for one in heads]
+        beginning = heads[0][:shared].expand(len(heads), -1)
+        head_mask = torch.cat([torch.ones_like(beginning), _mask(rests, "left")], dim=1)
+        rest_ids = pad_sequence(
+            rests, batch_first=True, padding_value=self.pad_token_id, padding_side="left"
+        )
+        in_prompt = pad_sequence(
+            [one.ne(IGNORED_LABEL).cumsum(0) == 0 for one in targets], batch_first=True
+        )
+        starts = torch.tensor([len(head) for head in heads])
+        # Columns of padding repeat the last position: there may be no embedding beyond it.
+        column = torch.minimum(
+            torch.arange(tail_mask.shape[1]), tail_mask.sum(-1, keepdim=True) - 1
+        )
+        return {
+            "head_ids": torch.cat([beginning, rest_ids], dim=1),
+            "shared": shared,
+            "head_mask": head_mask,
+            "attention_mask": torch.cat([head_mask, tail_mask], dim=1),
+            "prompt_mask": torch.cat([head_mask.bool(), in_prompt], dim=1),
+            "position_ids": starts[:, None] + column,
+        }
+
+    def _packed(self, ids: list[Tensor], labels: list[Tensor]) -> dict[str, Any]:
+        lengths = torch.tensor([len(one) for one in ids])
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(lengths.max())
+        return {
+            "input_ids": torch.cat(ids)[None],
+            "labels": torch.cat(labels)[None],
+            "position_ids": torch.cat([torch.arange(len(one)) for one in ids])[None],
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+
+@dataclass(frozen=True)
+class SequenceBatches:
+    """Add to the batches of a sequence classifier's collator which rows something reads.
+
+    That is the first token of each sequence, for a classifier that looks at it alone.
+    """
+
+    collator: Callable[[Sequence[Any]], Mapping[str, Any]]
+    first_read: bool = True
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Return the batch."""
+        batch = dict(self.collator(rows))
+        mask = batch["attention_mask"]
+        if self.first_read:
+            first = mask.int().argmax(-1)
+            batch["reads"] = first + torch.arange(len(mask)) * mask.shape[1]
+        if float(mask.float().mean()) < 1 - WORTH:
+            batch["real"] = mask.flatten().nonzero().squeeze(1)
+        return batch
+
+
+def real_rows(lengths: Sequence[int]) -> dict[str, Tensor]:
+    """Return the flat rows that hold tokens, `real`, of a batch that is padding to a good part."""
+    B, T = len(lengths), max(lengths)
+    if sum(lengths) > (1 - WORTH) * B * T:
+        return {}
+    column = torch.arange(T)
+    real = column < torch.tensor(lengths)[:, None]
+    return {"real": real.flatten().nonzero().squeeze(1)}
+
+
+def _reads(labels: Tensor) -> dict[str, Tensor]:
+    """Return the flat rows that predict a label, `reads` (N,), and the labels, `targets` (N,)."""
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).reshape(-1)
+    reads = following.ne(IGNORED_LABEL).nonzero().squeeze(1)
+    return {"reads": reads, "targets": following[reads]}
+
+
+def _shared_beginning(heads: Sequence[Tensor]) -> int:
+    """Return how many tokens all heads begin with: they are computed once for the batch."""
+    length = min(len(head) for head in heads)
+    if len(heads) == 1 or length == 0:
+        return 0
+    same = (torch.stack([head[:length] for head in heads]) == heads[0][:length]).all(0)
+    return int(same.int().cumprod(0).sum())
+
+
+def _prompt_length(labels: Tensor) -> int:
+    labelled = labels.ne(IGNORED_LABEL)
+    return int(labelled.int().argmax()) if bool(labelled.any()) else len(labels)
+
+
+def _mask(sequences: Sequence[Tensor], side: str = "right") -> Tensor:
+    return pad_sequence(
+        [torch.ones(len(one), dtype=torch.long) for one in sequences],
+        batch_first=True,
+        padding_side=side,
+    )

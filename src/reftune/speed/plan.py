@@ -1,0 +1,266 @@
+"""Which shortcuts a training run can take; each gives the loss and gradients that the model gives.
+
+Whatever model it is, the first batch is computed with and without them (`speed.training`), so a
+model that does something unheard of costs speed and never exactness.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from reftune.config import ReftConfig
+from reftune.layers import find_layer_list
+from reftune.speed.frozen import Frozen, Store, first_edited, free_disk, free_memory
+from reftune.tuner import reft_layers
+
+# Configs of models that do something to their logits, by the names that transformers gives it.
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+WORTH = 0.03
+"""The share of a step's arithmetic that reuse must save to be on by itself."""
+MINUTES_TO_COMPILE = 10
+"""Runs that would take less are not compiled: it takes half a minute, and gains a tenth or two."""
+GiB = 1 << 30
+
+
+class SpeedSettings(BaseModel):
+    """Which shortcuts training takes; none changes what is learned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shortcuts: bool = Field(True, description="whether to take any: logits where there is a label")
+    skip_unread: bool = Field(True, description="do not compute padding, nor what nothing reads")
+    reuse: bool | Literal["auto"] = Field(
+        "auto", description="keep what the adapter cannot change; auto: where it saves enough"
+    )
+    reuse_memory_gb: float | None = Field(
+        None, ge=0, description="memory for what is kept; default: a quarter of what is free"
+    )
+    reuse_disk_gb: float | None = Field(
+        None, ge=0, description="disk for what memory has no room for; default: a quarter, too"
+    )
+    packing: bool | Literal["auto"] = Field(
+        "auto", description="examples in one row, no padding; auto: with flash attention"
+    )
+    offload_base: bool = Field(
+        False,
+        description="keep the base's layers in the host's memory, for models that barely fit; "
+        "needs gradient_checkpointing",
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="compile the layers; auto: for runs longer than ten minutes or so"
+    )
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Which shortcuts a step takes.
+
+    Attributes:
+        on: whether it takes any. A causal model then computes logits only where there is a label.
+        unread: the last layer computes what is read.
+        padding: what acts on each token alone is not computed for padding.
+        frozen: keeps what does not change, or at least its gradient is not computed.
+        heads: whether the tokens before the first edited one are computed apart.
+        packed: no padding, all examples in one row.
+        compile: the layers are compiled.
+        offload: the device that the layers' frozen weights visit; they stay on the host.
+    """
+
+    on: bool = False
+    unread: bool = False
+    padding: bool = False
+    frozen: Frozen | None = None
+    heads: bool = False
+    packed: bool = False
+    compile: bool = False
+    offload: torch.device | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model, or a sequence classifier, as the shortcuts see it.
+
+    Attributes:
+        whole: the transformers model inside a `PeftModel`.
+        causal: whether it is a language model.
+        decoder: what returns its last hidden states.
+        layers: the decoder's layers, in order.
+        edited: which of them are edited, by number.
+        config: the one active adapter's.
+    """
+
+    whole: PreTrainedModel
+    causal: bool
+    decoder: nn.Module
+    layers: Sequence[nn.Module]
+    edited: tuple[int, ...]
+    config: ReftConfig
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """Return the layer whose product with the hidden states is the logits, if it is that."""
+        head = self.whole.get_output_embeddings()  # type: ignore[no-untyped-call]
+        text = self.whole.config.get_text_config()
+        scaled = any(getattr(text, name, None) not in (None, 1.0) for name in _AFTER_HEAD)
+        frozen = isinstance(head, nn.Linear) and not head.weight.requires_grad
+        plain = frozen and type(head) is nn.Linear and head.weight.is_floating_point()
+        return head if plain and not scaled else None
+
+
+def describe(model: Any) -> Model | None:
+    """Return a `PeftModel` as the shortcuts see it; None for what they do not know."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(whole, PreTrainedModel) or whole.config.is_encoder_decoder:
+        return None
+    causal = isinstance(whole, GenerationMixin)
+    if not (_is_plain_causal(whole) if causal else _is_classifier(whole)):
+        return None
+    reft = reft_layers(whole)
+    names = {name for layer in reft.values() for name in layer.names_active()}
+    if len(names) != 1:
+        return None
+    (name,) = names
+    path = find_layer_list(whole)
+    numbers = [_number(key, path) for key, layer in reft.items() if name in layer.configs]
+    if not numbers or None in numbers:
+        return None
+    config = next(layer.configs[name] for layer in reft.values() if name in layer.configs)
+    return Model(
+        whole,
+        causal,
+        whole.get_submodule(path.rpartition(".")[0]),
+        list(whole.get_submodule(path).children()),
+        tuple(sorted(number for number in numbers if number is not None)),
+        config,
+    )
+
+
+def _is_plain_causal(whole: Any) -> bool:
+    """Return whether a model's loss is the cross-entropy of its logits, and nothing else."""
+    routed = getattr(whole.config.get_text_config(), "output_router_logits", False)
+    has_head = whole.get_output_embeddings() is not None
+    return has_head and not routed and whole.loss_function is ForCausalLMLoss
+
+
+def _is_classifier(whole: PreTrainedModel) -> bool:
+    return type(whole).__name__.endswith("ForSequenceClassification")
+
+
+def _number(key: str, path: str) -> int | None:
+    """Return which layer of a list a `ReftLayer` (…layers.3.reft) edits; None for one inside."""
+    before, _, rest = key.partition(f"{path}.")
+    number, _, child = rest.partition(".")
+    return int(number) if not before and number.isdigit() and child == "reft" else None
+
+
+def can_reuse(model: Model, adapted: nn.Module) -> bool:
+    """Return whether nothing but the edits is trained or random."""
+    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.whole.modules())
+    text = model.whole.config.get_text_config()
+    random = any(
+        "dropout" in name and isinstance(value, float) and value > 0
+        for name, value in text.to_dict().items()
+    )
+    own = {id(p) for layer in reft_layers(adapted).values() for p in layer.parameters()}
+    others = any(p.requires_grad and id(p) not in own for p in adapted.parameters())
+    return not (dropout or random or others)
+
+
+def saved_share(model: Model, lengths: Tensor, prompt_lengths: Tensor) -> float:
+    """Return which share of a later epoch's arithmetic need not be done again, about."""
+    starts = first_edited(prompt_lengths, model.config)
+    heads, tokens = float(starts.sum()), float(lengths.sum())
+    below, L = min(model.edited) + 1, len(model.layers)
+    step = tokens * (L + (L - below))
+    return (heads * (2 * L - below) + (tokens - heads) * below) / step
+
+
+def frozen_bytes(model: Model, lengths: Tensor, prompt_lengths: Tensor) -> int:
+    """Return how much memory the frozen states of a data set take, about."""
+    text = model.whole.config.get_text_config()
+    d = text.hidden_size
+    heads = text.num_attention_heads
+    width = (getattr(text, "head_dim", None) or d // heads) * (
+        getattr(text, "num_key_value_heads", None) or heads
+    )
+    starts = first_edited(prompt_lengths, model.config)
+    above = len(model.layers) - min(model.edited) - 1
+    numbers = int((lengths - starts).sum()) * d + int(starts.sum()) * 2 * width * above
+    return int(numbers * model.whole.dtype.itemsize)
+
+
+def compiles(model: Model, tokens: float, device: torch.device) -> bool:
+    """Return whether compiling is possible and a run of so many tokens is long enough to gain."""
+    if device.type == "cpu" and shutil.which("c++") is None and shutil.which("g++") is None:
+        return False
+    parameters = sum(p.numel() for layer in model.layers for p in layer.parameters())
+    rate = 1e11 if device.type == "cpu" else 1e14  # operations per second, roughly
+    return 4 * parameters * tokens / rate > MINUTES_TO_COMPILE * 60
+
+
+def choose(
+    model: Model,
+    adapted: nn.Module,
+    settings: SpeedSettings,
+    *,
+    lengths: Tensor,
+    prompt_lengths: Tensor,
+    epochs: float,
+    gradient_checkpointing: bool,
+    device: torch.device,
+    folder: Path,
+) -> Shortcuts:
+    """Return the shortcuts that a run takes, for examples of such lengths (N,) each."""
+    if not settings.shortcuts:
+        return Shortcuts()
+    flash = "flash" in str(model.whole.config._attn_implementation)
+    packed = flash if settings.packing == "auto" else settings.packing
+    compile_it = settings.compile
+    if compile_it == "auto":
+        compile_it = not gradient_checkpointing and compiles(
+            model, float(lengths.sum()) * epochs, device
+        )
+    frozen, heads = None, False
+    if settings.reuse and model.causal and not packed and can_reuse(model, adapted):
+        worth = saved_share(model, lengths, prompt_lengths) > WORTH
+        if worth or settings.reuse is True:
+            store = _store(settings, folder) if epochs > 1 else None
+            frozen = Frozen(model.decoder, model.layers, min(model.edited), store)
+            heads = not gradient_checkpointing and not _slides(model, int(lengths.max()))
+    skips = settings.skip_unread and not gradient_checkpointing  # a recomputation would not know
+    compile_it = compile_it and not (heads or settings.offload_base)
+    return Shortcuts(
+        on=True,
+        unread=skips and not model.config.intervention.pools_tokens,
+        padding=skips and not packed and not compile_it,
+        frozen=frozen,
+        heads=heads,
+        packed=packed and model.causal,
+        compile=compile_it,
+        offload=device if settings.offload_base else None,
+    )
+
+
+def _slides(model: Model, longest: int) -> bool:
+    """Return whether a sliding window is shorter than an example."""
+    window = getattr(model.whole.config.get_text_config(), "sliding_window", None)
+    return window is not None and window < longest
+
+
+def _store(settings: SpeedSettings, folder: Path) -> Store:
+    memory, disk = settings.reuse_memory_gb, settings.reuse_disk_gb
+    return Store(
+        free_memory() if memory is None else int(memory * GiB),
+        free_disk(folder) if disk is None else int(disk * GiB),
+        folder,
+    )

@@ -1,0 +1,97 @@
+"""Layers that compute only the tokens that count, and the last one only what something reads.
+
+Padding is computed by attention alone: what acts on each token by itself (projections, MLP) is
+computed for real tokens, where a batch has enough padding to gain from it.
+
+Above the last layer only the tokens that predict a label are read, or the one token that a
+classifier looks at. Of the other tokens the last layer's keys and values are needed, and nothing
+else: its query and output projections and its MLP are computed for the rows that are read.
+
+The other rows are zero there, and no row that is read depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from reftune.speed.patch import forward_replaced
+
+# Modules that act on each token alone, by the names that transformers gives them.
+_READ = ("mlp", "intermediate", "q_proj", "query", "o_proj", "out_proj", "dense")
+_ATTENDED = ("k_proj", "v_proj", "key", "value", "qkv_proj", "query_key_value", "c_attn")
+
+
+class Rows:
+    """Which rows of the flattened (B*S) hidden states are computed; None is all."""
+
+    def __init__(self) -> None:
+        self.index: Tensor | None = None
+
+
+class Computed:
+    """Which rows the layers of a model compute in a block, and which the last one."""
+
+    def __init__(self) -> None:
+        self.real, self.read = Rows(), Rows()
+
+    @contextmanager
+    def only(self, real: Tensor | None, read: Tensor | None) -> Iterator[None]:
+        """Compute the rows (N,) of real tokens, and those that are read, in a block; None: all."""
+        self.real.index, self.read.index = real, real if read is None else read
+        try:
+            yield
+        finally:
+            self.real.index = self.read.index = None
+
+
+@contextmanager
+def restricting(
+    layers: Sequence[nn.Module], *, padding: bool, unread: bool
+) -> Iterator[Computed | None]:
+    """Let layers leave out rows of padding, and the last one also those that nothing reads."""
+    if not (padding or unread):
+        yield None
+        return
+    computed = Computed()
+    last = layers[-1]
+    with ExitStack() as stack:
+        for layer in layers if padding else [last]:
+            is_read = layer is last and unread
+            rows = computed.read if is_read else computed.real
+            stack.enter_context(_restricted(layer, _READ, rows))
+            if padding:
+                stack.enter_context(_restricted(layer, _ATTENDED, computed.real))
+        yield computed
+
+
+def _restricted(layer: nn.Module, names: Sequence[str], rows: Rows) -> Any:
+    modules = list(_named(layer, names))
+    return forward_replaced(modules, lambda module: _on_rows(module.forward, rows))
+
+
+def _named(module: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """Yield the outermost modules of these names, not those of an adapter."""
+    for name, child in module.named_children():
+        if name in names:
+            yield child
+        elif name != "reft":
+            yield from _named(child, names)
+
+
+def _on_rows(forward: Callable[..., Any], rows: Rows) -> Callable[..., Any]:
+    def run(x: Tensor) -> Any:
+        index = rows.index
+        if index is None:
+            return forward(x)
+        B, S, d = x.shape
+        out = forward(x.reshape(1, B * S, d).index_select(1, index))
+        if not isinstance(out, Tensor):
+            raise TypeError(f"a module that acts per token returned {type(out).__name__}")
+        full = out.new_zeros(B * S, out.shape[-1])
+        return full.index_copy(0, index, out.squeeze(0)).view(B, S, -1)
+
+    return run
