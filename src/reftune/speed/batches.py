@@ -26,6 +26,24 @@ WORTH = 0.1
 
 
 @dataclass(frozen=True)
+class _Tail:
+    """What is computed of an example; its last token predicts nothing, so it is not an input."""
+
+    head: Tensor
+    ids: Tensor
+    following: Tensor  # the label of the token after each
+    in_prompt: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, labels: Tensor, prompt_length: int, start: int) -> _Tail:
+        """Return the tail that begins at `start`."""
+        end = max(len(ids) - 1, start + 1)
+        following = torch.nn.functional.pad(labels[1:], (0, 1), value=IGNORED_LABEL)
+        in_prompt = torch.arange(start, end) < prompt_length
+        return cls(ids[:start], ids[start:end], following[start:end], in_prompt)
+
+
+@dataclass(frozen=True)
 class CausalBatches:
     """Collate rows for a causal language model whose loss reads labelled rows only.
 
@@ -43,52 +61,52 @@ class CausalBatches:
 
     def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """Return the batch; see the module."""
-        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
-        batch = self._packed(ids, labels) if self.packed else self._padded(ids, labels)
+        tails = self._tails(rows)
+        batch = _packed(tails) if self.packed else self._padded(tails)
         if self.numbered:
             batch["index"] = [int(row["index"]) for row in rows]
-        return batch | _reads(batch["labels"])
+            batch["lengths"] = [len(tail.ids) for tail in tails]
+        following = batch["shift_labels"].reshape(-1)
+        reads = following.ne(IGNORED_LABEL).nonzero().squeeze(1)
+        return batch | {"reads": reads, "targets": following[reads]}
 
-    def _padded(self, ids: list[Tensor], labels: list[Tensor]) -> dict[str, Any]:
+    def _tails(self, rows: Sequence[TokenRow]) -> list[_Tail]:
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+        prompts = [_prompt_length(one) for one in labels]
         starts = [0] * len(ids)
         if self.head is not None:
-            starts = self.head(torch.tensor([_prompt_length(one) for one in labels])).tolist()
-        tails = [one[start:] for one, start in zip(ids, starts, strict=True)]
-        targets = [one[start:] for one, start in zip(labels, starts, strict=True)]
+            starts = self.head(torch.tensor(prompts)).tolist()
+        return [_Tail.of(*one) for one in zip(ids, labels, prompts, starts, strict=True)]
+
+    def _padded(self, tails: Sequence[_Tail]) -> dict[str, Any]:
+        ids = [tail.ids for tail in tails]
+        following = [tail.following for tail in tails]
         batch: dict[str, Any] = {
-            "input_ids": pad_sequence(tails, batch_first=True, padding_value=self.pad_token_id),
-            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED_LABEL),
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "prompt_mask": pad_sequence([tail.in_prompt for tail in tails], batch_first=True),
+            "shift_labels": pad_sequence(following, batch_first=True, padding_value=IGNORED_LABEL),
         }
-        if self.numbered:
-            batch["lengths"] = [len(one) for one in tails]
-        batch |= real_rows([len(one) for one in tails])
-        unlabelled = any(not bool(one.ne(IGNORED_LABEL).any()) for one in targets)
-        if any(starts):
-            heads = [one[:start] for one, start in zip(ids, starts, strict=True)]
-            return batch | self._heads(heads, tails, targets)
-        if unlabelled:  # then the mask tells where its prompt ends
-            batch["attention_mask"] = _mask(tails)
+        batch["labels"] = batch["shift_labels"]  # asked for by the Trainer, which counts the other
+        batch |= real_rows([len(one) for one in ids])
+        if any(len(tail.head) for tail in tails):
+            batch |= self._heads([tail.head for tail in tails], _mask(ids), batch["prompt_mask"])
         return batch
 
     def _heads(
-        self, heads: list[Tensor], tails: list[Tensor], targets: list[Tensor]
+        self, heads: Sequence[Tensor], tail_mask: Tensor, in_prompt: Tensor
     ) -> dict[str, Any]:
-        shared, tail_mask = _shared_beginning(heads), _mask(tails)
+        shared = _shared_beginning(heads)
         rests = [one[shared:] for one in heads]
         beginning = heads[0][:shared].expand(len(heads), -1)
         head_mask = torch.cat([torch.ones_like(beginning), _mask(rests, "left")], dim=1)
         rest_ids = pad_sequence(
             rests, batch_first=True, padding_value=self.pad_token_id, padding_side="left"
         )
-        in_prompt = pad_sequence(
-            [one.ne(IGNORED_LABEL).cumsum(0) == 0 for one in targets], batch_first=True
-        )
         starts = torch.tensor([len(head) for head in heads])
         # Columns of padding repeat the last position: there may be no embedding beyond it.
-        column = torch.minimum(
-            torch.arange(tail_mask.shape[1]), tail_mask.sum(-1, keepdim=True) - 1
-        )
+        column = torch.arange(tail_mask.shape[1])
+        column = torch.minimum(column, tail_mask.sum(-1, keepdim=True) - 1)
         return {
             "head_ids": torch.cat([beginning, rest_ids], dim=1),
             "shared": shared,
@@ -98,19 +116,23 @@ class CausalBatches:
             "position_ids": starts[:, None] + column,
         }
 
-    def _packed(self, ids: list[Tensor], labels: list[Tensor]) -> dict[str, Any]:
-        lengths = torch.tensor([len(one) for one in ids])
-        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(lengths.max())
-        return {
-            "input_ids": torch.cat(ids)[None],
-            "labels": torch.cat(labels)[None],
-            "position_ids": torch.cat([torch.arange(len(one)) for one in ids])[None],
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+
+def _packed(tails: Sequence[_Tail]) -> dict[str, Any]:
+    lengths = torch.tensor([len(tail.ids) for tail in tails])
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    following = torch.cat([tail.following for tail in tails])[None]
+    return {
+        "input_ids": torch.cat([tail.ids for tail in tails])[None],
+        "labels": following,
+        "shift_labels": following,
+        "prompt_mask": torch.cat([tail.in_prompt for tail in tails])[None],
+        "position_ids": torch.cat([torch.arange(len(tail.ids)) for tail in tails])[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 @dataclass(frozen=True)
@@ -143,13 +165,6 @@ def real_rows(lengths: Sequence[int]) -> dict[str, Tensor]:
     column = torch.arange(T)
     real = column < torch.tensor(lengths)[:, None]
     return {"real": real.flatten().nonzero().squeeze(1)}
-
-
-def _reads(labels: Tensor) -> dict[str, Tensor]:
-    """Return the flat rows that predict a label, `reads` (N,), and the labels, `targets` (N,)."""
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).reshape(-1)
-    reads = following.ne(IGNORED_LABEL).nonzero().squeeze(1)
-    return {"reads": reads, "targets": following[reads]}
 
 
 def _shared_beginning(heads: Sequence[Tensor]) -> int:

@@ -77,6 +77,7 @@ class LabelledLoss:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return self._whole_forward(*args, **kwargs)
         kwargs.pop("labels", None)
+        kwargs.pop("shift_labels", None)
         kwargs = {"use_cache": False} | kwargs
         for name in ("output_attentions", "output_hidden_states", "return_dict", "inputs_embeds"):
             if kwargs.get(name) is None:
