@@ -1,9 +1,9 @@
-"""What a caller says about the forwards in a block: `reftune.options(...)`."""
+"""The context of a forward: what its caller says, by `reftune.options(...)`, and its precision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -88,3 +88,10 @@ def options(
         yield
     finally:
         CURRENT_OPTIONS.set(outer)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which arithmetic keeps the dtype of the adapter's parameters."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

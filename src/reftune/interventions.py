@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -319,13 +318,14 @@ def apply_grouped(
     has shape (G, 1, r), or (G, B, 1, r) for one per example, or (B, G, 1, r).
     """
     axis = 1 if per_example else 0
-    first, *rest = ({k: t.select(axis, g) for k, t in tensors.items()} for g in (0, -1))
     if next(iter(tensors.values())).shape[axis] == 1:
-        return _edit(phi, h_BNd, first, valid_BN)
+        (only,) = _by_group(tensors, axis)
+        return _edit(phi, h_BNd, only, valid_BN)
     if not per_slot:
-        prefix = _edit(phi, h_BNd[:, :split], first, valid_BN[:, :split])
-        suffix = _edit(phi, h_BNd[:, split:], rest[0], valid_BN[:, split:])
-        return torch.cat([prefix, suffix], dim=1)
+        sizes = [split, h_BNd.shape[1] - split]
+        hs, valids = (torch.split(t, sizes, dim=1) for t in (h_BNd, valid_BN))
+        sides = zip(hs, _by_group(tensors, axis), valids, strict=True)
+        return torch.cat([_edit(phi, *side) for side in sides], dim=1)
     if per_example:
         return _edit(phi, h_BNd.unsqueeze(-2), tensors, valid_BN.unsqueeze(-1)).squeeze(-2)
     mask = tensors.get(SUBSPACE_MASK)
@@ -347,22 +347,21 @@ def apply_dense(
     `tensors` have shape (G, ...), or (B, G, ...) where `per_example`. Outside the masks it is zero.
     """
     edit = torch.zeros_like(h_BSd)
-    for group, mask in enumerate(masks):
-        one = {name: t.select(1 if per_example else 0, group) for name, t in tensors.items()}
+    for one, mask in zip(_by_group(tensors, 1 if per_example else 0), masks, strict=True):
         edit = torch.where(mask[..., None], _edit(phi, h_BSd, one, mask), edit)
     return edit
+
+
+def _by_group(tensors: Tensors, axis: int) -> list[dict[str, Tensor]]:
+    """Return the parameters of each group."""
+    # Not select: its backward fills a tensor of all groups with zeros, for each group.
+    groups = [[t.squeeze(axis)] if t.shape[axis] == 1 else t.unbind(axis) for t in tensors.values()]
+    return [dict(zip(tensors, one, strict=True)) for one in zip(*groups, strict=True)]
 
 
 def _edit(phi: Intervention, h: Tensor, tensors: Tensors, valid: Tensor) -> Tensor:
     edit: Tensor = phi(h, tensors, valid)
     return edit
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which arithmetic keeps the dtype of the adapter's parameters."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _activation(name: str | None) -> nn.Module:

@@ -16,13 +16,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from reftune.config import ReftConfig
+from reftune.context import no_autocast
 from reftune.errors import MergeError, PositionError, ReftConfigError, ReftuneError
 from reftune.interventions import (
     SUBSPACE_MASK,
     Intervention,
     apply_dense,
     apply_grouped,
-    no_autocast,
     retract,
 )
 from reftune.mixed import edit_mixed
@@ -156,13 +156,14 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         given = span.options.strength
         return self.strength[adapter_name] if given is None else given
 
-    def check_packing(self, adapter_name: str, span: Span) -> None:
+    def check_packing(self, adapter_name: str, span: Span, S: int) -> None:
         """Raise PositionError where a method that pools an example's tokens meets packed rows."""
-        config = self.configs[adapter_name]
-        if config.intervention.pools_tokens and span.is_packed:
+        config, key = self.configs[adapter_name], self.keys[adapter_name]
+        if config.intervention.pools_tokens and span.is_packed and span.is_dense(key, S):
             raise PositionError(
                 f"method={config.method!r} averages over the tokens of an example, which packed "
-                "batches mix. Use a collator that pads."
+                "batches mix. Use a collator that pads, or counted positions and one that says "
+                "where sequences end (cu_seq_lens_q)."
             )
 
     def _edit_with(self, name: str, h_BSd: Tensor, span: Span) -> Tensor:
@@ -171,7 +172,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         strength = self.strength_of(name, span)
         if strength == 0.0 or (not key.edit_generated and span.is_past_prompt(S)):
             return h_BSd
-        self.check_packing(name, span)
+        self.check_packing(name, span, S)
         if span.is_dense(key, S):
             return self._edit_dense(name, h_BSd, span, strength)
         rows = span.rows(key, B, S, h_BSd.device)
@@ -212,9 +213,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             R, config = tensors["R"], self.configs[name]
             # Made once for all layers of a forward: a copy to the device would wait for it.
             key = ("subspaces", id(config), R.shape[0], B, R.device)
-            if key not in span.cache:
-                span.cache[key] = subspace_mask(config, chosen, B, R.shape[0], R)
-            tensors[SUBSPACE_MASK] = span.cache[key]
+            groups, names = R.shape[0], chosen
+            mask = span.once(key, lambda: subspace_mask(config, names, B, groups, R))
+            tensors[SUBSPACE_MASK] = mask
         return tensors
 
     def finish(

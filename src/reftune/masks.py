@@ -1,7 +1,8 @@
-"""Masks, shapes and cache lengths, from what models are called with."""
+"""What models are called with: by name, and masks, shapes and cache lengths from it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,27 @@ from torch import Tensor
 from reftune.errors import PositionError
 
 _CACHES = ("past_key_values", "cache_params", "state")  # transformers', Mamba's, RWKV's names
+
+
+@dataclass(eq=False)
+class Entry:
+    """A module that may be called from outside, on the way to the edited layers of a model.
+
+    Attributes:
+        model: identifies the model; calls of its other entries within a call are not outermost.
+        causal_lm: whether `labels` are those of a causal language model.
+        argument_names: of `forward`, to tell positional arguments.
+        generated: whether all its tokens are: it is the decoder of an encoder-decoder.
+    """
+
+    model: object
+    causal_lm: bool
+    argument_names: list[str]
+    generated: bool = False
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return all arguments by name."""
+        return {**dict(zip(self.argument_names, args, strict=False)), **kwargs} if args else kwargs
 
 
 def as_token_mask(mask: Any, ids: Any) -> Tensor | None:
@@ -60,6 +82,12 @@ def tokens_shape(ids: Any, embeddings: Any) -> tuple[int, int] | None:
     if isinstance(embeddings, Tensor) and embeddings.dim() == 3:
         return embeddings.shape[0], embeddings.shape[1]
     return None
+
+
+def packed_ends(given: Any, shape: tuple[int, int] | None) -> Tensor | None:
+    """Return where the sequences packed into one row end, as attention kernels are told it."""
+    is_told = isinstance(given, Tensor) and given.dim() == 1 and len(given) > 1
+    return given if is_told and shape is not None and shape[0] == 1 else None
 
 
 def past_length(call: dict[str, Any], ids: Any, unknown: int) -> int | Tensor:

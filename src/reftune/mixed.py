@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reftune.context import no_autocast
 from reftune.errors import ReftConfigError
-from reftune.interventions import SUBSPACE_MASK, apply_dense, apply_grouped, no_autocast
+from reftune.interventions import SUBSPACE_MASK, Intervention, apply_dense, apply_grouped
 from reftune.positions import Positions, SlotKey
 from reftune.spans import Span
 
@@ -49,141 +50,139 @@ def edit_mixed(layer: ReftLayer, h_BSd: Tensor, span: Span, names: Sequence[str]
     fit the batch.
     """
     B, S, _ = h_BSd.shape
+    for batch in _batches(layer, span, names, B):
+        if batch.key.edit_generated or not span.is_past_prompt(S):
+            h_BSd = batch.edit(layer, h_BSd, span)
+    return h_BSd
+
+
+def _batches(layer: ReftLayer, span: Span, names: Sequence[str], B: int) -> list[_Batch]:
+    """Return the adapters that this layer has and that are on, by kind.
+
+    Made once in a forward for all layers that have the same: an adapter's config is.
+    """
+    on = tuple(
+        name
+        for name in sorted(set(names))
+        if name in layer.configs and layer.strength_of(name, span) != 0.0
+    )
+    return span.once(("batches", on, B), lambda: _group(layer, on, names, B))
+
+
+def _group(layer: ReftLayer, on: Sequence[str], names: Sequence[str], B: int) -> list[_Batch]:
     if len(names) == 0 or B % len(names):
         raise ReftConfigError(  # begins as PEFT's message does
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(names)} names for a batch of {B}."
         )
     per_example = [name for name in names for _ in range(B // len(names))]
-    for kind, members in _kinds(layer, per_example, span).items():
-        if kind.edit_generated or not span.is_past_prompt(S):
-            h_BSd = _edit_kind(layer, h_BSd, span, kind, members, per_example)
-    return h_BSd
-
-
-def _kinds(layer: ReftLayer, per_example: list[str], span: Span) -> dict[_Kind, list[str]]:
-    """Return the adapters of this layer that are in the batch and switched on, by kind."""
     kinds: dict[_Kind, list[str]] = {}
-    for name in sorted(set(per_example)):
-        if name not in layer.configs or layer.strength_of(name, span) == 0.0:
-            continue
-        c, key = layer.configs[name], layer.keys[name]
-        kind = _Kind(
-            c.method,
-            c.act_fn,
-            c.topk,
-            c.dtype,
-            c.short_prompts,
-            c.edit_generated,
-            key.positions.everything,
-            f"{c.positions} {c.tied}" if c.edit_generated else None,
-            key.positions.num_groups(c.tied) if c.intervention.pools_tokens else None,
-        )
-        kinds.setdefault(kind, []).append(name)
-    return kinds
+    for name in on:
+        kinds.setdefault(_kind_of(layer, name), []).append(name)
+    return [_Batch(layer, *kind, per_example) for kind in kinds.items()]
 
 
-def _edit_kind(
-    layer: ReftLayer,
-    h_BSd: Tensor,
-    span: Span,
-    kind: _Kind,
-    members: list[str],
-    per_example: list[str],
-) -> Tensor:
-    """Edit the examples of one kind; the others take part with no slots, so shapes stay simple."""
-    B, S, _ = h_BSd.shape
-    device = h_BSd.device
-    layer.check_packing(members[0], span)
-    batch = _Batch(layer, kind, members, per_example)
-    key = batch.key
-    p_B, s_B, member_B = batch.counts(span, device)
-    slot = span.slots(key, p_B[:, None], s_B[:, None], B, S, device)
-    phi, dtype = layer.phi(members[0]), getattr(torch, kind.dtype)
-    with no_autocast(device):
-        tensors = batch.stack(span, member_B)
-        strength = batch.strength(span, member_B, h_BSd)
-        split, per_slot = key.positions.prefix, batch.level == "none"
-        if span.is_dense(key, S):
-            x = h_BSd.to(dtype)
-            groups = next(iter(tensors.values())).shape[1]
-            masks = key.group_masks(slot, groups, per_slot=per_slot)
-            edit = apply_dense(phi, x, tensors, masks, per_example=True)
-            edit = layer.finish(members[0], x, edit, slot < key.num_slots, strength)
-            return h_BSd + edit.to(h_BSd.dtype)
-        rows = span.rows(key, B, S, device)
-        x = rows.gather(h_BSd).to(dtype)
-        edit = apply_grouped(
-            phi, x, tensors, rows.valid, split=split, per_slot=per_slot, per_example=True
-        )
-        return rows.add(h_BSd, layer.finish(members[0], x, edit, rows.valid, strength))
+def _kind_of(layer: ReftLayer, name: str) -> _Kind:
+    c, positions = layer.configs[name], layer.keys[name].positions
+    return _Kind(
+        c.method,
+        c.act_fn,
+        c.topk,
+        c.dtype,
+        c.short_prompts,
+        c.edit_generated,
+        positions.everything,
+        f"{c.positions} {c.tied}" if c.edit_generated else None,
+        positions.num_groups(c.tied) if c.intervention.pools_tokens else None,
+    )
 
 
 class _Batch:
-    """The adapters of one kind in a batch, brought to one shape: ranks and groups are padded."""
+    """The adapters of one kind in a batch, brought to one shape: ranks and groups are padded.
+
+    The other examples take part with no slots, so shapes stay simple.
+    """
 
     def __init__(
         self, layer: ReftLayer, kind: _Kind, members: list[str], per_example: list[str]
     ) -> None:
-        self.layer, self.members, self.per_example = layer, members, per_example
-        configs = [layer.configs[name] for name in members]
-        every = [layer.keys[name].positions for name in members]
-        groups = [p.num_groups(c.tied) for p, c in zip(every, configs, strict=True)]
-        tied_none = any(c.tied == "none" for c in configs)
+        self.members, self.per_example = members, per_example
+        self.dtype: torch.dtype = getattr(torch, kind.dtype)
+        self.configs = {name: layer.configs[name] for name in members}
+        self.keys = {name: layer.keys[name] for name in members}
+        every = [key.positions for key in self.keys.values()]
+        groups = [self.keys[n].positions.num_groups(c.tied) for n, c in self.configs.items()]
+        tied_none = any(c.tied == "none" for c in self.configs.values())
         self.level = "none" if tied_none else "sides" if max(groups) == 2 else "all"
-        self.rank = max(c.r or 0 for c in configs)
+        self.rank = max(c.r or 0 for c in self.configs.values())
         positions = Positions(
             max(p.prefix for p in every), max(p.suffix for p in every), kind.everything
         )
-        self.key = SlotKey(positions, kind.short_prompts, kind.edit_generated, self._identity())
+        identity = tuple(name if name in self.keys else BASE for name in per_example)
+        self.key = SlotKey(positions, kind.short_prompts, kind.edit_generated, identity)
 
-    def _identity(self) -> tuple[str, ...]:
-        return tuple(name if name in self.members else BASE for name in self.per_example)
-
-    def counts(self, span: Span, device: torch.device) -> list[Tensor]:
-        """Return prefix, suffix and member number of each example, (B,) each."""
-        cached = ("mixed", self.key, device)
-        if cached not in span.cache:
-            keys, number = self.layer.keys, {name: i for i, name in enumerate(self.members)}
-            table = torch.tensor(
-                [
-                    [*(keys[n].counts if n in number else (0, 0)), number.get(n, 0)]
-                    for n in self.per_example
-                ]
+    def edit(self, layer: ReftLayer, h_BSd: Tensor, span: Span) -> Tensor:
+        """Return the hidden states with the edits of these adapters at a layer."""
+        B, S, _ = h_BSd.shape
+        key, first, device = self.key, self.members[0], h_BSd.device
+        layer.check_packing(first, span, S)
+        p_B, s_B, member_B = span.once(("mixed", key, device), lambda: self.counts(device))
+        slot = span.slots(key, p_B[:, None], s_B[:, None], B, S, device)
+        phi = layer.phi(first)
+        with no_autocast(device):
+            tensors = self.stack(layer, span, device)
+            strength = self.strength(layer, span, member_B)
+            split, per_slot = key.positions.prefix, self.level == "none"
+            if span.is_dense(key, S):
+                x = h_BSd.to(self.dtype)
+                groups = next(iter(tensors.values())).shape[1]
+                masks = key.group_masks(slot, groups, per_slot=per_slot)
+                edit = apply_dense(phi, x, tensors, masks, per_example=True)
+                edit = layer.finish(first, x, edit, slot < key.num_slots, strength)
+                return h_BSd + edit.to(h_BSd.dtype)
+            rows = span.rows(key, B, S, device)
+            x = rows.gather(h_BSd).to(self.dtype)
+            edit = apply_grouped(
+                phi, x, tensors, rows.valid, split=split, per_slot=per_slot, per_example=True
             )
-            span.cache[cached] = list(table.to(device, non_blocking=True).unbind(-1))
-        found: list[Tensor] = span.cache[cached]
-        return found
+            return rows.add(h_BSd, layer.finish(first, x, edit, rows.valid, strength))
 
-    def stack(self, span: Span, member_B: Tensor) -> dict[str, Tensor]:
+    def counts(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return prefix, suffix and member number of each example, (B,) each."""
+        number = {name: i for i, name in enumerate(self.members)}
+        table = torch.tensor(
+            [
+                [*(self.keys[n].counts if n in number else (0, 0)), number.get(n, 0)]
+                for n in self.per_example
+            ]
+        )
+        return table.to(device, non_blocking=True).unbind(-1)
+
+    def stack(self, layer: ReftLayer, span: Span, device: torch.device) -> dict[str, Tensor]:
         """Return each example's parameters, (B, G, ...)."""
-        parts = [self._spread(name) for name in self.members]
-        tensors = {k: torch.stack([part[k] for part in parts])[member_B] for k in parts[0]}
-        key = ("subspaces", self.key, self.rank, member_B.device)
-        if key not in span.cache:
-            mask = self._subspace_mask(span)
-            span.cache[key] = None if mask is None else mask.to(member_B.device)
-        mask = span.cache[key]
+        parts = {name: self._spread(layer.phi(name), name) for name in self.members}
+        first = parts[self.members[0]]
+        each = [parts.get(name, first) for name in self.per_example]
+        tensors = {k: torch.stack([part[k] for part in each]) for k in first}
+        key = ("subspaces", self.key, self.rank, device)
+        mask = span.once(key, lambda: self._subspace_mask(layer, span, device))
         if mask is not None:
             R = tensors["R"]
             mask = mask.to(R.dtype)
             tensors[SUBSPACE_MASK] = mask[:, None, None, :].expand(-1, R.shape[1], 1, -1)
         return tensors
 
-    def strength(self, span: Span, member_B: Tensor, like: Tensor) -> float | Tensor:
+    def strength(self, layer: ReftLayer, span: Span, member_B: Tensor) -> float | Tensor:
         """Return the factor on each example's edit, (B, 1, 1), or 1.0."""
-        factors = [self.layer.strength_of(name, span) for name in self.members]
+        factors = tuple(layer.strength_of(name, span) for name in self.members)
         if len(set(factors)) == 1:
             return factors[0]
-        key = ("strength", self.key, tuple(factors), like.device)
-        if key not in span.cache:
-            span.cache[key] = torch.tensor(factors, device=like.device)[member_B][:, None, None]
-        found: Tensor = span.cache[key]
-        return found
+        device = member_B.device
+        key = ("strength", self.key, factors, device)
+        return span.once(key, lambda: torch.tensor(factors, device=device)[member_B][:, None, None])
 
-    def _spread(self, name: str) -> dict[str, Tensor]:
-        """Return an adapter's parameters with the batch's rank and groups."""
-        phi, positions = self.layer.phi(name), self.layer.keys[name].positions
+    def _spread(self, phi: Intervention, name: str) -> dict[str, Tensor]:
+        """Return an adapter's parameters at a layer with the batch's rank and groups."""
         tensors = phi.tensors()
         missing = self.rank - phi.shape.rank
         if phi.has_rank and missing:
@@ -191,15 +190,15 @@ class _Batch:
             tensors = {k: F.pad(t, pads[k]) for k, t in tensors.items()}
         if self.level == "all":
             return tensors
-        wanted = self.key.positions
+        wanted, positions = self.key.positions, self.keys[name].positions
         sizes = [1, 1] if self.level == "sides" else [wanted.prefix, wanted.suffix]
-        tied_none = self.layer.configs[name].tied == "none"
+        tied_none = self.configs[name].tied == "none"
         at = [positions.prefix, positions.suffix] if tied_none else [1, 1]
         return {k: _spread_groups(t, sizes, at) for k, t in tensors.items()}
 
-    def _subspace_mask(self, span: Span) -> Tensor | None:
+    def _subspace_mask(self, layer: ReftLayer, span: Span, device: torch.device) -> Tensor | None:
         """Return which rows of R are on, (B, r), or None where nothing was chosen."""
-        chosen, layer = span.options.subspaces, self.layer
+        chosen = span.options.subspaces
         if self.rank == 0 or (
             chosen is None and not any(n in layer.subspaces for n in self.members)
         ):
@@ -207,16 +206,16 @@ class _Batch:
         B = len(self.per_example)
         mask = torch.zeros(B, self.rank)
         for i, name in enumerate(self.per_example):
-            if name not in self.members:
+            if name not in self.configs:
                 continue
             names = layer.subspaces.get(name)
             if chosen is not None:
                 shared = not chosen or isinstance(chosen[0], str)
                 names = [str(n) for n in (chosen if shared else chosen[i * len(chosen) // B])]
-            config = layer.configs[name]
+            config = self.configs[name]
             rows = range(config.r or 0) if names is None else config.subspace_rows(names)
             mask[i, list(rows)] = 1.0
-        return mask
+        return mask.to(device)
 
 
 def _spread_groups(t: Tensor, sizes: list[int], at: list[int]) -> Tensor:

@@ -110,7 +110,10 @@ class Rows:
 
     def gather(self, h_BSd: Tensor) -> Tensor:
         """Return the rows (B, K, d)."""
-        return h_BSd.reshape(-1, h_BSd.shape[-1])[self.index]
+        d = h_BSd.shape[-1]
+        # Not h[index]: its backward sorts the indices.
+        rows = h_BSd.reshape(-1, d).index_select(0, self.index.reshape(-1))
+        return rows.view(*self.index.shape, d)
 
     def add(self, h_BSd: Tensor, edit_BKd: Tensor) -> Tensor:
         """Return the hidden states with an edit added to their rows; empty slots must hold zero."""
@@ -170,8 +173,14 @@ def assign_slots(
     return torch.where(prompt_BT, slot, empty)
 
 
-def segment_ids(position_ids_BS: Tensor) -> Tensor:
-    """Number the sequences packed into each row: a new one starts where position ids restart."""
+def segment_ids(position_ids_BS: Tensor, ends: Tensor | None = None) -> Tensor:
+    """Number the sequences packed into each row: a new one starts where position ids restart.
+
+    Of a single row it may be known where they end: `ends` (N + 1,), from 0.
+    """
+    if ends is not None:
+        column = torch.arange(position_ids_BS.shape[1], device=ends.device, dtype=ends.dtype)
+        return torch.bucketize(column, ends[1:-1], right=True)[None].to(position_ids_BS.device)
     restart = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
     return torch.nn.functional.pad(restart.long(), (1, 0)).cumsum(-1)
 
@@ -196,11 +205,19 @@ def take_columns(slot_BT: Tensor, past: int | Tensor, length: int, empty: int) -
     return torch.nn.functional.pad(slot_BT, (0, 1), value=empty)[:, column]
 
 
-def slots_to_rows(slot_BS: Tensor, num_slots: int) -> Rows:
-    """Turn the slot of each token (`num_slots` = none) into the row of each slot."""
+def slots_to_rows(
+    slot_BS: Tensor, num_slots: int, example_BS: Tensor | None = None, num_examples: int = 0
+) -> Rows:
+    """Turn the slot of each token (`num_slots` = none) into the row of each slot.
+
+    Each row of the batch is an example, unless `example_BS` numbers those packed into it.
+    """
     B, S = slot_BS.shape
-    flat = torch.arange(B * S, device=slot_BS.device).view(B, S)
-    index = flat.new_zeros(B, num_slots + 1).scatter(1, slot_BS, flat)
-    valid = torch.zeros_like(index, dtype=torch.bool)
-    valid = valid.scatter(1, slot_BS, torch.ones_like(slot_BS, dtype=torch.bool))
-    return Rows(index[:, :num_slots], valid[:, :num_slots])
+    flat = torch.arange(B * S, device=slot_BS.device)
+    if example_BS is None:
+        example_BS, num_examples = flat.view(B, S) // S, B
+    at = (example_BS * (num_slots + 1) + slot_BS).view(-1)
+    index = flat.new_zeros(num_examples * (num_slots + 1)).scatter(0, at, flat)
+    valid = torch.zeros_like(index, dtype=torch.bool).scatter(0, at, True)
+    index, valid = (t.view(num_examples, -1)[:, :num_slots] for t in (index, valid))
+    return Rows(index.contiguous(), valid.contiguous())

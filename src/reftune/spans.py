@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from reftune.context import CURRENT_OPTIONS, FORWARD_OPTIONS, Current, Options
 from reftune.errors import PositionError, ReftuneError
 from reftune.masks import (
+    Entry,
     as_token_mask,
     diagonal,
     fit,
     match_batch,
+    packed_ends,
     past_length,
     require_batch,
     tokens_shape,
@@ -40,6 +42,8 @@ from reftune.positions import (
     slots_to_rows,
     take_columns,
 )
+
+T = TypeVar("T")
 
 PAGED = (
     "transformers' continuous batching (generate_batch, cache_implementation='paged') does not say "
@@ -65,23 +69,6 @@ _span: Current[Span | None] = Current("reftune_span", None)
 
 
 @dataclass(eq=False)
-class Entry:
-    """A module that may be called from outside, on the way to the edited layers of a model.
-
-    Attributes:
-        model: identifies the model; calls of its other entries within a call are not outermost.
-        causal_lm: whether `labels` are those of a causal language model.
-        argument_names: of `forward`, to tell positional arguments.
-        generated: whether all its tokens are: it is the decoder of an encoder-decoder.
-    """
-
-    model: object
-    causal_lm: bool
-    argument_names: list[str]
-    generated: bool = False
-
-
-@dataclass(eq=False)
 class Span:
     """One call of a model: the facts from which each adapter's rows follow.
 
@@ -94,14 +81,14 @@ class Span:
     mask: Tensor | None = None
     labels: Tensor | None = None
     position_ids: Tensor | None = None
+    packed_ends: Tensor | None = None  # (N + 1,) from 0: of N sequences packed into one row
     past: int | Tensor = 0
     generated: bool = False
-    shape: tuple[int, int] | None = (
-        None  # (B, S) of this call, where it has token ids or embeddings
-    )
+    shape: tuple[int, int] | None = None  # (B, S) of this call, where it has ids or embeddings
     seen: int = 0
     options: Options = field(default_factory=Options)
     generation: _Generation | None = None
+    idle: bool = False  # known to edit nothing, as at decode
     cache: dict[Any, Any] = field(default_factory=dict)
 
     def tells_no_prompt(self, entry: Entry) -> bool:
@@ -129,32 +116,27 @@ class Span:
             return self.past >= self.generation.columns
         return self.mask is None or self.mask.dim() != 2 or self.mask.shape[1] <= self.past + S
 
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what `make` returns, made once in this forward."""
+        if key not in self.cache:
+            self.cache[key] = make()
+        found: T = self.cache[key]
+        return found
+
     def prompt(self, B: int, S: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the prompt's mask (B, T), the attended tokens' (B, T), and segment ids or None."""
-        key = ("prompt", B, S, device)
-        if key not in self.cache:
-            self.cache[key] = self._prompt(B, S, device)
-        found: tuple[Tensor, Tensor, Tensor | None] = self.cache[key]
-        return found
+        return self.once(("prompt", B, S, device), lambda: self._prompt(B, S, device))
 
     def slots(
         self, key: Any, p: int | Tensor, s: int | Tensor, B: int, S: int, device: torch.device
     ) -> Tensor:
         """Return the slot of each of the S columns, K = `key.num_slots` where it is not edited."""
         cached = ("slots", key, B, S, device)
-        if cached not in self.cache:
-            self.cache[cached] = self._slots(key, p, s, B, S, device)
-        found: Tensor = self.cache[cached]
-        return found
+        return self.once(cached, lambda: self._slots(key, p, s, B, S, device))
 
     def rows(self, key: SlotKey, B: int, S: int, device: torch.device) -> Rows:
-        """Return the rows of each slot."""
-        cached = ("rows", key, B, S, device)
-        if cached not in self.cache:
-            slot = self.slots(key, *key.counts, B, S, device)
-            self.cache[cached] = slots_to_rows(slot, key.num_slots)
-        found: Rows = self.cache[cached]
-        return found
+        """Return the rows of each slot; the examples of a packed row are those packed into it."""
+        return self.once(("rows", key, B, S, device), lambda: self._rows(key, B, S, device))
 
     @property
     def is_packed(self) -> bool:
@@ -170,7 +152,8 @@ class Span:
 
     def is_dense(self, key: SlotKey, S: int) -> bool:
         """Return whether so many tokens may be edited that all are computed, and masked."""
-        return key.positions.everything or key.edit_generated or (self.is_packed and S > 1)
+        uncounted = self.is_packed and self.packed_ends is None and S > 1
+        return key.positions.everything or key.edit_generated or uncounted
 
     def _prompt(self, B: int, S: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         attended = self._attended(B, S, device)
@@ -178,7 +161,7 @@ class Span:
         if self.is_packed and self.position_ids is not None:
             ids = match_batch(self.position_ids.to(device), B)
             if ids is not None and ids.shape[1] == S:
-                segments = segment_ids(ids)
+                segments = segment_ids(ids, self.packed_ends)
         o, T = self.options, attended.shape[1]
         if o.prompt_mask is not None:
             explicit = require_batch("prompt_mask", o.prompt_mask.to(device), B).bool()
@@ -235,6 +218,14 @@ class Span:
             return diagonal(mask, past, S) if isinstance(self.past, int) else None
         return mask
 
+    def _rows(self, key: SlotKey, B: int, S: int, device: torch.device) -> Rows:
+        slot = self.slots(key, *key.counts, B, S, device)
+        if self.is_packed and self.packed_ends is not None:
+            segments = self.prompt(B, S, device)[2]
+            if segments is not None:
+                return slots_to_rows(slot, key.num_slots, segments, len(self.packed_ends) - 1)
+        return slots_to_rows(slot, key.num_slots)
+
     def _slots(
         self, key: Any, p: int | Tensor, s: int | Tensor, B: int, S: int, device: torch.device
     ) -> Tensor:
@@ -287,6 +278,12 @@ def current_span() -> Span:
     return span or Span(options=CURRENT_OPTIONS.get(), generation=_generation.get())
 
 
+def is_idle() -> bool:
+    """Return whether the forward that is running is known to edit nothing, as at decode."""
+    span = _span.get()
+    return span is not None and span.idle
+
+
 def open_span(
     module: nn.Module, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], Span | None]:
@@ -299,14 +296,14 @@ def open_span(
     given = CURRENT_OPTIONS.get()
     if outer is not None and outer.model is entry.model and outer.owner is not module:
         if not entry.generated:
-            _refine(outer, _bind(entry, args, kwargs))
+            _refine(outer, entry.bind(args, kwargs))
             return kwargs, None
         given = outer.options
     own = {k: kwargs[k] for k in FORWARD_OPTIONS if kwargs.get(k) is not None}
     if own:
         given = replace(given, **own)
     kwargs = {k: v for k, v in kwargs.items() if k not in FORWARD_OPTIONS}
-    call = _bind(entry, args, kwargs)
+    call = entry.bind(args, kwargs)
     if type(call.get("cache")).__name__ == "PagedAttentionCache":
         raise PositionError(PAGED)
     ids, position_ids, labels = (call.get(k) for k in ("input_ids", "position_ids", "labels"))
@@ -322,6 +319,7 @@ def open_span(
         mask=as_token_mask(call.get("attention_mask"), ids),
         labels=labels if is_token_labels else None,
         position_ids=position_ids if isinstance(position_ids, Tensor) else None,
+        packed_ends=packed_ends(call.get("cu_seq_lens_q"), shape),
         past=past_length(call, ids, unknown),
         generated=entry.generated,
         shape=shape,
@@ -382,10 +380,6 @@ def generation(columns: int, mask: Tensor | None) -> Iterator[None]:
     finally:
         _generation.set(outer)
         _span.set(span)
-
-
-def _bind(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(entry.argument_names, args, strict=False)), **kwargs} if args else kwargs
 
 
 def _refine(span: Span, call: dict[str, Any]) -> None:

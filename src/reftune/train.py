@@ -9,12 +9,11 @@ run at once, and a resumed run goes on as if it had not been interrupted.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
@@ -43,12 +42,10 @@ from reftune.callbacks import (
 from reftune.data import Collator, TokenDataset
 from reftune.errors import RunError
 from reftune.speed.offload import left_where_they_are
-from reftune.speed.plan import Shortcuts, SpeedSettings, choose, describe
-from reftune.speed.training import Step, difference, taking
+from reftune.speed.plan import Shortcuts, SpeedSettings, choose, describe, examples_to_try
+from reftune.speed.training import Step, settle, taking
 
 LOG = "log.jsonl"
-
-log = logging.getLogger("reftune")
 
 
 class TrainingData(Protocol):
@@ -222,40 +219,26 @@ def shortcuts(
 ) -> Iterator[Step]:
     """Let a model take, in a block, the shortcuts that give the loss and gradients it gives.
 
-    Whether they do is tried on two short examples; where not, it takes fewer, and says why.
+    Whether they do is tried on a few short examples; where not, it takes fewer, and says why.
     """
     seen = describe(model)
     chosen = Shortcuts()
     if seen is not None and len(train):
         lengths = torch.as_tensor(np.asarray(train.lengths))
+        prompts = torch.as_tensor(np.asarray(getattr(train, "prompt_lengths", train.lengths)))
         chosen = choose(
             seen,
             model,
             settings,
             lengths=lengths,
-            prompt_lengths=torch.as_tensor(
-                np.asarray(getattr(train, "prompt_lengths", train.lengths))
-            ),
+            prompt_lengths=prompts,
             epochs=settings.passes(len(train)),
             gradient_checkpointing=settings.gradient_checkpointing,
             device=torch.device("cuda" if settings.on_accelerator else "cpu"),
             folder=directory,
         )
-        rows = [train[i] for i in lengths.argsort()[:2].tolist()]
-        for candidate in (
-            chosen,
-            replace(chosen, unread=False),
-            Shortcuts(on=chosen.on, offload=chosen.offload),
-        ):
-            tried = replace(candidate, offload=None)
-            reason = difference(seen, tried, model, collator, rows)
-            chosen = candidate
-            if reason is None:
-                break
-            log.info("Not with this model: %s (%s).", candidate, reason)
-        else:
-            log.warning("Training takes no shortcuts with this model: %s.", reason)
-            chosen = Shortcuts()
+        rows = [train[i] for i in examples_to_try(seen, lengths, prompts)]
+        chosen = settle(seen, chosen, model, collator, rows)
     with taking(seen, chosen, collator) as step:
         yield step
 

@@ -37,6 +37,7 @@ from reftune.spans import (
     close_span,
     entry_of,
     generation,
+    is_idle,
     open_span,
 )
 
@@ -56,6 +57,7 @@ class Root:
     handles: list[RemovableHandle] = field(default_factory=list)
     entries: list[nn.Module] = field(default_factory=list)
     warned: bool = False
+    edits_generated: bool = False
     targets: list[nn.Module] = field(default_factory=list)
 
 
@@ -271,6 +273,7 @@ def _root_of(model: nn.Module) -> Root:
 def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
     """Hook every module on the way to an edited layer: any of them may be what a caller calls."""
     root = _root_of(model)
+    root.edits_generated |= config.edit_generated
     causal_lm = _is_causal_lm(model) or getattr(config.task_type, "value", "") == "CAUSAL_LM"
     decoder = decoder_of(model)
     paths = {""}
@@ -298,9 +301,7 @@ def _is_causal_lm(model: Any) -> bool:
 
 
 def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    layer = module.get_submodule(_CHILD)
-    assert isinstance(layer, ReftLayer)
-    return layer(output)
+    return None if is_idle() else getattr(module, _CHILD)(output)
 
 
 def _open(
@@ -308,7 +309,11 @@ def _open(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     entry = vars(module)[_ENTRY]
     kwargs, span = open_span(module, entry, args, kwargs)
-    if span is not None and not torch.compiler.is_compiling():
+    if span is None:
+        return args, kwargs
+    if span.shape is not None and not entry.model.edits_generated:
+        span.idle = span.is_past_prompt(span.shape[1])
+    if not span.idle and not torch.compiler.is_compiling():
         _retract_active(entry.model, span)
         if module.training and span.tells_no_prompt(entry) and torch.is_grad_enabled():
             _warn_once(entry.model)

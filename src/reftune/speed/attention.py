@@ -92,11 +92,19 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 @contextmanager
 def in_training(model: PreTrainedModel) -> Iterator[None]:
     """Use `attention` in a block where the model uses transformers' SDPA."""
-    if model.config._attn_implementation != "sdpa":
+    before = _implementations(model)
+    if before[""] != "sdpa" or not model._can_set_attn_implementation():
         yield
         return
-    model.set_attn_implementation(NAME)
     try:
+        model.set_attn_implementation({k: NAME if v == "sdpa" else v for k, v in before.items()})
         yield
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(before)
+
+
+def _implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Return the attention of a model, "", and of each of its parts, as transformers takes them."""
+    parts = {name: getattr(model.config, name) for name in model.config.sub_configs}
+    given = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {"": model.config._attn_implementation, **given}

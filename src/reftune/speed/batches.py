@@ -52,12 +52,15 @@ class CausalBatches:
         head: returns where the tails begin, of prompts of the lengths given (B,); None: no heads.
         numbered: whether the batch says which examples it holds (`index`, `lengths`).
         packed: whether all examples share one row.
+        alike: returns how many tokens of a prompt, of lengths (B,), are edited alike in examples
+            that begin alike; None: beginnings are not shared.
     """
 
     pad_token_id: int
     head: Callable[[Tensor], Tensor] | None = None
     numbered: bool = False
     packed: bool = False
+    alike: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """Return the batch; see the module."""
@@ -88,8 +91,13 @@ class CausalBatches:
             "shift_labels": pad_sequence(following, batch_first=True, padding_value=IGNORED_LABEL),
         }
         batch["labels"] = batch["shift_labels"]  # asked for by the Trainer, which counts the other
-        batch |= real_rows([len(one) for one in ids])
-        if any(len(tail.head) for tail in tails):
+        headed = any(len(tail.head) for tail in tails)
+        first = None
+        if self.alike is not None and not headed:
+            limits = self.alike(batch["prompt_mask"].sum(-1)).tolist()
+            first = first_alike(batch["input_ids"], limits)
+        batch |= real_rows([len(one) for one in ids], first)
+        if headed:
             batch |= self._heads([tail.head for tail in tails], _mask(ids), batch["prompt_mask"])
         return batch
 
@@ -157,14 +165,44 @@ class SequenceBatches:
         return batch
 
 
-def real_rows(lengths: Sequence[int]) -> dict[str, Tensor]:
-    """Return the flat rows that hold tokens, `real`, of a batch that is padding to a good part."""
+def real_rows(lengths: Sequence[int], first: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the flat rows that are computed, `real`, if leaving out the others is worth it.
+
+    Those are the tokens of sequences of such lengths; with `first` (B, T), only the first of each
+    that are alike, and `place` (B*T,) tells which of them every row is, padding any.
+    """
     B, T = len(lengths), max(lengths)
-    if sum(lengths) > (1 - WORTH) * B * T:
+    computed = torch.arange(T) < torch.tensor(lengths)[:, None]
+    if first is not None:
+        computed &= first == torch.arange(B * T).view(B, T)
+    if int(computed.sum()) > (1 - WORTH) * B * T:
         return {}
-    column = torch.arange(T)
-    real = column < torch.tensor(lengths)[:, None]
-    return {"real": real.flatten().nonzero().squeeze(1)}
+    real = computed.flatten().nonzero().squeeze(1)
+    if first is None or len(real) == sum(lengths):
+        return {"real": real}
+    number = torch.zeros(B * T, dtype=torch.long)
+    number[real] = torch.arange(len(real))
+    return {"real": real, "place": number[first.flatten()]}
+
+
+def first_alike(ids: Tensor, limits: Sequence[int]) -> Tensor:
+    """Return, of each token (B, T), the flat row of the first whose example begins alike.
+
+    Sequences are alike up to a token as far as their tokens are the same; from `limits` (B,) on
+    every token stands for itself.
+    """
+    B, T = ids.shape
+    first = torch.arange(B * T).view(B, T)
+    tokens, leader, members = ids.tolist(), [0] * B, list(range(B))
+    for column in range(T):
+        members = [row for row in members if column < limits[row]]
+        leaders: dict[tuple[int, int], int] = {}
+        for row in members:
+            leader[row] = leaders.setdefault((leader[row], tokens[row][column]), row)
+            first[row, column] = leader[row] * T + column
+        if len(leaders) == len(members):
+            break
+    return first
 
 
 def _shared_beginning(heads: Sequence[Tensor]) -> int:

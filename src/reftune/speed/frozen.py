@@ -8,6 +8,8 @@ the hidden states that the first edited layer returns before they are edited.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 import tempfile
@@ -17,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -26,18 +27,34 @@ from transformers import DynamicCache
 from reftune.config import ReftConfig
 from reftune.context import options
 from reftune.positions import side_lengths
+from reftune.spans import current_span
 from reftune.speed.patch import forward_replaced
+
+log = logging.getLogger("reftune")
 
 
 def first_edited(prompt_lengths: Tensor, config: ReftConfig) -> Tensor:
-    """Return which token of each example is the first that an adapter edits, from 0; (N,)."""
+    """Return which token of each example is the first that an adapter edits, from 0; (N,).
+
+    Where it edits none, that is the prompt's last: the first that something reads.
+    """
     positions = config.parsed_positions
     if positions.everything:
         return torch.zeros_like(prompt_lengths)
     prefix, suffix = side_lengths(
         prompt_lengths, positions.prefix, positions.suffix, config.short_prompts
     )
-    return torch.where(prefix > 0, 0, prompt_lengths - suffix)
+    return torch.where(prefix > 0, 0, prompt_lengths - suffix.clamp(min=1)).clamp(min=0)
+
+
+def edited_alike(prompt_lengths: Tensor, config: ReftConfig) -> Tensor:
+    """Return how many of a prompt's first tokens have the same slots whatever its length; (B,)."""
+    positions = config.parsed_positions
+    if positions.everything:
+        return prompt_lengths
+    p, s = positions.prefix, positions.suffix
+    whole = (prompt_lengths >= p + s) & (prompt_lengths // 2 >= max(p, s))
+    return torch.where(whole, prompt_lengths - s, 0)
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,9 @@ class Store:
     def __init__(self, memory_bytes: int, disk_bytes: int = 0, folder: Path | None = None) -> None:
         self._memory: dict[int, States] = {}
         self._on_disk: dict[int, list[tuple[int, tuple[int, ...], torch.dtype] | None]] = {}
-        self._memory_left, self._disk_left = memory_bytes, disk_bytes
+        self._memory_left, self._disk_bytes = memory_bytes, disk_bytes
         self._folder = folder
+        self._file_size = 0
         self._file: Any = None
 
     def __len__(self) -> int:
@@ -90,9 +108,14 @@ class Store:
         if size <= self._memory_left:
             self._memory_left -= size
             self._memory[number] = states
-        elif size <= self._disk_left:
-            self._disk_left -= size
-            self._on_disk[number] = [self._write(states.hidden), self._write(states.keys)]
+        elif self._file_size + size <= self._disk_bytes:
+            try:
+                places = [self._write(states.hidden), self._write(states.keys)]
+            except OSError as error:
+                self._disk_bytes = 0
+                log.warning("No more frozen states are kept on disk: %s", error)
+            else:
+                self._on_disk[number] = places
 
     def clear(self) -> None:
         """Forget everything."""
@@ -100,6 +123,7 @@ class Store:
             self._memory_left += states.nbytes
         self._memory.clear()
         self._on_disk.clear()
+        self._file_size = 0  # it is written over
 
     def close(self) -> None:
         """Forget everything, and remove the file."""
@@ -112,19 +136,25 @@ class Store:
         if t is None:
             return None
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - kept open
-        at = self._file.seek(0, os.SEEK_END)
-        self._file.write(t.contiguous().view(torch.uint8).numpy().tobytes())
+            # Without a buffer, so that a full disk is told here.
+            self._file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
+        at = self._file.seek(self._file_size)
+        data = t.contiguous().view(torch.uint8).numpy().tobytes()
+        if self._file.write(data) != len(data):
+            raise OSError("there is no room for all of an example's")
+        self._file_size += len(data)
         return at, tuple(t.shape), t.dtype
 
     def _read(self, place: tuple[int, tuple[int, ...], torch.dtype] | None) -> Tensor | None:
         if place is None:
             return None
         at, shape, dtype = place
-        size = int(np.prod(shape)) * dtype.itemsize
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
         self._file.seek(at)
-        data = torch.frombuffer(bytearray(self._file.read(size)), dtype=torch.uint8)
-        return data.view(dtype).view(shape)
+        data = bytearray(self._file.read(count * dtype.itemsize))
+        return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
 def free_memory(share: float = 0.25) -> int:
@@ -161,21 +191,21 @@ class Frozen:
         self.hits = 0
         self._given: Tensor | None = None
         self._returned: Tensor | None = None
-        self._is_tuple = False
+        self._others: tuple[None, ...] | None = None  # of what a layer returns, if it is a tuple
+        self._is_open = False
         self._stamp = self._versions()
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the model's forward, from a batch of `speed.batches`."""
-        index: list[int] = batch.pop("index")
+        index, lengths = batch.pop("index"), batch.pop("lengths")
         head_ids, head_mask = batch.pop("head_ids", None), batch.pop("head_mask", None)
         shared = batch.pop("shared", 0)
-        if self.store is not None and self._stamp != self._versions():
-            self.store.clear()
-            self._stamp = self._versions()
+        if self._stamp != (stamp := self._versions()):
+            self._forget()
+            self._stamp = stamp
         self._given = None
-        known = self.store is not None and all(number in self.store for number in index)
         device = batch["input_ids"].device
-        states = [self.store[number] for number in index] if known and self.store else None
+        states = self._known(index, lengths)
         if states is not None:
             self.hits += 1
             hidden = pad_sequence([s.hidden for s in states], batch_first=True)
@@ -187,11 +217,28 @@ class Frozen:
                 else self._cache(states, head_mask)
             )
             batch["past_key_values"], batch["use_cache"] = cache, True
+        self._is_open = True
         return batch
+
+    def _known(self, index: Sequence[int], lengths: Sequence[int]) -> list[States] | None:
+        """Return the stored states of a batch, if all are there, and are of tails as long."""
+        store = self.store
+        if store is None or not all(number in store for number in index):
+            return None
+        states = [store[number] for number in index]
+        if all(len(s.hidden) == length for s, length in zip(states, lengths, strict=True)):
+            return states
+        self._forget()  # the adapter's positions have changed
+        return None
+
+    def _forget(self) -> None:
+        if self.store is not None:
+            self.store.clear()
 
     def keep(self, batch: dict[str, Any], index: Sequence[int], lengths: Sequence[int]) -> None:
         """Store what the forward of a batch gave, for the examples that are not stored yet."""
         returned, self._returned, self._given = self._returned, None, None
+        self._is_open = False
         if self.store is None or returned is None:
             return
         cache = batch.get("past_key_values")
@@ -218,15 +265,21 @@ class Frozen:
         """Return the forward of a covered layer: skipped where its result is given."""
 
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._given is None:
+            given = self._given
+            if number == self.first:  # and in a backward, where a checkpoint calls it once more
+                given = current_span().once("frozen", lambda: self._given)
+            if given is None and number < self.first:
+                return _without_gradient(forward, hidden_states, *args, **kwargs)
+            if given is None:
                 output = forward(hidden_states, *args, **kwargs)
-                if number == self.first:
-                    self._is_tuple = isinstance(output, tuple)
-                    hidden = output[0] if self._is_tuple else output
+                if number == self.first and self._is_open:
+                    is_tuple = isinstance(output, tuple)
+                    self._others = (None,) * (len(output) - 1) if is_tuple else None
+                    hidden = output[0] if is_tuple else output
                     self._returned = hidden.detach().clone()  # an edit may be in place
                 return output
-            given = self._given if number == self.first else hidden_states
-            return (given,) if self._is_tuple else given
+            output = given if number == self.first else hidden_states
+            return output if self._others is None else (output, *self._others)
 
         return run
 
@@ -255,13 +308,15 @@ class Frozen:
         above: list[Any] = cache.layers[self.first + 1 :]
         P = len(real)
         parts = [t[row, :, :P][:, real] for layer in above for t in (layer.keys, layer.values)]
+        if not parts:  # the first edited layer is the last
+            return torch.empty(0, 1, int(real.sum()), 1)
         return torch.stack(parts).detach().to("cpu", copy=True)
 
     def _cache(self, states: Sequence[States], mask: Tensor) -> DynamicCache:
         """Return a cache that holds the heads' stored keys and values in the columns of a mask."""
         B, P = mask.shape
-        shape = next(s.keys for s in states if s.keys is not None).shape
-        batch = states[0].hidden.new_zeros(B, shape[0], shape[1], P, shape[3])
+        some = next(s.keys for s in states if s.keys is not None)
+        batch = some.new_zeros(B, some.shape[0], some.shape[1], P, some.shape[3])
         for row, (s, real) in enumerate(zip(states, mask.bool().cpu(), strict=True)):
             if s.keys is not None:
                 batch[row, :, :, real] = s.keys
@@ -276,5 +331,22 @@ class Frozen:
             cache.update(batch[:, at], batch[:, at + 1], number)
         return cache
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in self.decoder.parameters() if not p.requires_grad)
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return what is another where a frozen weight was changed in place, or replaced."""
+        frozen = [p for p in self.decoder.parameters() if not p.requires_grad]
+        # A quantised weight has no one place in memory.
+        return [(p.data_ptr() if type(p) is nn.Parameter else id(p), p._version) for p in frozen]
+
+
+def _without_gradient(
+    forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Return what a frozen layer returns, with nothing kept for a backward through it.
+
+    With gradient checkpointing PEFT lets the embeddings require a gradient, so that the layers do.
+    """
+    with torch.no_grad():
+        output = forward(hidden, *args, **kwargs)
+    returned = output[0] if isinstance(output, tuple) else output
+    returned.requires_grad_(hidden.requires_grad)
+    return output

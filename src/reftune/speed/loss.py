@@ -38,7 +38,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        # In float32: in bfloat16 one over the number of labels has three digits.
+        return (gradient.float() * grads[0]).to(gradient.dtype), None, None, None
 
 
 def linear_cross_entropy(

@@ -14,13 +14,15 @@ def forward_replaced(
     modules: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Any]]
 ) -> Iterator[None]:
     """Give each module `make(module)` as its forward; what it had before comes back."""
-    before = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        object.__setattr__(module, "forward", make(module))
+    before: list[tuple[nn.Module, Any]] = []
     try:
+        for module in modules:
+            replacement = make(module)
+            before.append((module, vars(module).get("forward")))
+            object.__setattr__(module, "forward", replacement)
         yield
     finally:
-        for module, forward in zip(modules, before, strict=True):
+        for module, forward in reversed(before):  # a module may be shared, and come twice
             if forward is None:
                 object.__delattr__(module, "forward")
             else:

@@ -6,7 +6,6 @@ model that does something unheard of costs speed and never exactness.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,21 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from reftune.config import ReftConfig
+from reftune.errors import LayersNotFoundError
 from reftune.layers import find_layer_list
 from reftune.speed.frozen import Frozen, Store, first_edited, free_disk, free_memory
 from reftune.tuner import reft_layers
 
 # Configs of models that do something to their logits, by the names that transformers gives it.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# In the names of settings for dropout, for skipping a layer, for a router's noise.
+_RANDOM = ("drop", "jitter", "noise")
 WORTH = 0.03
 """The share of a step's arithmetic that reuse must save to be on by itself."""
 MINUTES_TO_COMPILE = 10
 """Runs that would take less are not compiled: it takes half a minute, and gains a tenth or two."""
+ACCELERATOR_RATE = 1e14
+"""Operations per second, roughly."""
 GiB = 1 << 30
 
 
@@ -39,6 +43,9 @@ class SpeedSettings(BaseModel):
 
     shortcuts: bool = Field(True, description="whether to take any: logits where there is a label")
     skip_unread: bool = Field(True, description="do not compute padding, nor what nothing reads")
+    share_beginnings: bool = Field(
+        True, description="compute what examples of a batch begin with alike once, where it pays"
+    )
     reuse: bool | Literal["auto"] = Field(
         "auto", description="keep what the adapter cannot change; auto: where it saves enough"
     )
@@ -57,7 +64,7 @@ class SpeedSettings(BaseModel):
         "needs gradient_checkpointing",
     )
     compile: bool | Literal["auto"] = Field(
-        "auto", description="compile the layers; auto: for runs longer than ten minutes or so"
+        "auto", description="compile the layers; auto: for long runs on an accelerator"
     )
 
 
@@ -71,6 +78,7 @@ class Shortcuts:
         padding: what acts on each token alone is not computed for padding.
         frozen: keeps what does not change, or at least its gradient is not computed.
         heads: whether the tokens before the first edited one are computed apart.
+        sharing: beginnings that examples share are computed once.
         packed: no padding, all examples in one row.
         compile: the layers are compiled.
         offload: the device that the layers' frozen weights visit; they stay on the host.
@@ -79,6 +87,7 @@ class Shortcuts:
     on: bool = False
     unread: bool = False
     padding: bool = False
+    sharing: bool = False
     frozen: Frozen | None = None
     heads: bool = False
     packed: bool = False
@@ -112,9 +121,9 @@ class Model:
         head = self.whole.get_output_embeddings()  # type: ignore[no-untyped-call]
         text = self.whole.config.get_text_config()
         scaled = any(getattr(text, name, None) not in (None, 1.0) for name in _AFTER_HEAD)
-        frozen = isinstance(head, nn.Linear) and not head.weight.requires_grad
-        plain = frozen and type(head) is nn.Linear and head.weight.is_floating_point()
-        return head if plain and not scaled else None
+        if type(head) is not nn.Linear or scaled or any(p.requires_grad for p in head.parameters()):
+            return None
+        return head if head.weight.is_floating_point() else None
 
 
 def describe(model: Any) -> Model | None:
@@ -130,7 +139,10 @@ def describe(model: Any) -> Model | None:
     if len(names) != 1:
         return None
     (name,) = names
-    path = find_layer_list(whole)
+    try:
+        path = find_layer_list(whole)
+    except LayersNotFoundError:
+        return None
     numbers = [_number(key, path) for key, layer in reft.items() if name in layer.configs]
     if not numbers or None in numbers:
         return None
@@ -166,10 +178,11 @@ def _number(key: str, path: str) -> int | None:
 def can_reuse(model: Model, adapted: nn.Module) -> bool:
     """Return whether nothing but the edits is trained or random."""
     dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.whole.modules())
-    text = model.whole.config.get_text_config()
+    values = model.whole.config.get_text_config().to_dict()
     random = any(
-        "dropout" in name and isinstance(value, float) and value > 0
-        for name, value in text.to_dict().items()
+        any(word in name for word in _RANDOM) and isinstance(value, float) and value > 0
+        for name, value in values.items()
+        if not name.startswith(("classifier", "summary"))  # heads of other models
     )
     own = {id(p) for layer in reft_layers(adapted).values() for p in layer.parameters()}
     others = any(p.requires_grad and id(p) not in own for p in adapted.parameters())
@@ -185,27 +198,14 @@ def saved_share(model: Model, lengths: Tensor, prompt_lengths: Tensor) -> float:
     return (heads * (2 * L - below) + (tokens - heads) * below) / step
 
 
-def frozen_bytes(model: Model, lengths: Tensor, prompt_lengths: Tensor) -> int:
-    """Return how much memory the frozen states of a data set take, about."""
-    text = model.whole.config.get_text_config()
-    d = text.hidden_size
-    heads = text.num_attention_heads
-    width = (getattr(text, "head_dim", None) or d // heads) * (
-        getattr(text, "num_key_value_heads", None) or heads
-    )
-    starts = first_edited(prompt_lengths, model.config)
-    above = len(model.layers) - min(model.edited) - 1
-    numbers = int((lengths - starts).sum()) * d + int(starts.sum()) * 2 * width * above
-    return int(numbers * model.whole.dtype.itemsize)
-
-
 def compiles(model: Model, tokens: float, device: torch.device) -> bool:
-    """Return whether compiling is possible and a run of so many tokens is long enough to gain."""
-    if device.type == "cpu" and shutil.which("c++") is None and shutil.which("g++") is None:
-        return False
+    """Return whether a run of so many tokens is long enough to gain from compilation.
+
+    On a CPU it may lose: matrix products are nearly all of the time there.
+    """
     parameters = sum(p.numel() for layer in model.layers for p in layer.parameters())
-    rate = 1e11 if device.type == "cpu" else 1e14  # operations per second, roughly
-    return 4 * parameters * tokens / rate > MINUTES_TO_COMPILE * 60
+    seconds = 4 * parameters * tokens / ACCELERATOR_RATE
+    return device.type != "cpu" and seconds > MINUTES_TO_COMPILE * 60
 
 
 def choose(
@@ -231,18 +231,22 @@ def choose(
             model, float(lengths.sum()) * epochs, device
         )
     frozen, heads = None, False
-    if settings.reuse and model.causal and not packed and can_reuse(model, adapted):
+    longest = int(lengths.max())
+    may_reuse = model.causal and not packed and can_reuse(model, adapted)
+    pools, dropout = model.config.intervention.pools_tokens, model.config.dropout
+    if settings.reuse and may_reuse and not _stretches(model, longest):
         worth = saved_share(model, lengths, prompt_lengths) > WORTH
         if worth or settings.reuse is True:
             store = _store(settings, folder) if epochs > 1 else None
             frozen = Frozen(model.decoder, model.layers, min(model.edited), store)
-            heads = not gradient_checkpointing and not _slides(model, int(lengths.max()))
+            heads = not gradient_checkpointing and not _slides(model, longest)
     skips = settings.skip_unread and not gradient_checkpointing  # a recomputation would not know
     compile_it = compile_it and not (heads or settings.offload_base)
     return Shortcuts(
         on=True,
-        unread=skips and not model.config.intervention.pools_tokens,
+        unread=skips and not pools,
         padding=skips and not packed and not compile_it,
+        sharing=skips and may_reuse and settings.share_beginnings and not (pools or dropout),
         frozen=frozen,
         heads=heads,
         packed=packed and model.causal,
@@ -251,10 +255,33 @@ def choose(
     )
 
 
+def _stretches(model: Model, longest: int) -> bool:
+    """Return whether a batch's longest example changes the rotary embedding of the others."""
+    text = model.whole.config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    trained = rotary.get("original_max_position_embeddings") or text.max_position_embeddings
+    return longest > trained and any(kind in str(rotary) for kind in ("dynamic", "longrope"))
+
+
 def _slides(model: Model, longest: int) -> bool:
     """Return whether a sliding window is shorter than an example."""
     window = getattr(model.whole.config.get_text_config(), "sliding_window", None)
     return window is not None and window < longest
+
+
+def examples_to_try(
+    model: Model, lengths: Tensor, prompt_lengths: Tensor, much: float = 1.5
+) -> list[int]:
+    """Return the numbers of a few short examples: a batch with padding, and heads if any has one.
+
+    Of the shortest alone, each might be as long as the other, or have no token that is not edited.
+    """
+    starts = first_edited(prompt_lengths, model.config) if model.causal else lengths * 0
+    tails = lengths - starts
+    kinds = (lengths > 0, lengths >= much * lengths.min(), starts > 0, tails >= much * tails.min())
+    longest = int(lengths.max())
+    found = {int(lengths.masked_fill(~k, longest + 1).argmin()) for k in kinds if bool(k.any())}
+    return sorted(found)
 
 
 def _store(settings: SpeedSettings, folder: Path) -> Store:

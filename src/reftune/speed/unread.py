@@ -8,6 +8,10 @@ classifier looks at. Of the other tokens the last layer's keys and values are ne
 else: its query and output projections and its MLP are computed for the rows that are read.
 
 The other rows are zero there, and no row that is read depends on them.
+
+Where examples of a batch begin alike, the shared beginning is computed for the first of them, and
+its rows are copied to the others: in a causal model the same tokens, edited alike, have the same
+states.
 """
 
 from __future__ import annotations
@@ -26,10 +30,14 @@ _ATTENDED = ("k_proj", "v_proj", "key", "value", "qkv_proj", "query_key_value", 
 
 
 class Rows:
-    """Which rows of the flattened (B*S) hidden states are computed; None is all."""
+    """Which rows of the flattened (B*S) hidden states are computed, `index` (N,); None is all.
+
+    `place` (B*S,) tells which of these each row is a copy of; None: rows not computed are zero.
+    """
 
     def __init__(self) -> None:
         self.index: Tensor | None = None
+        self.place: Tensor | None = None
 
 
 class Computed:
@@ -39,13 +47,19 @@ class Computed:
         self.real, self.read = Rows(), Rows()
 
     @contextmanager
-    def only(self, real: Tensor | None, read: Tensor | None) -> Iterator[None]:
-        """Compute the rows (N,) of real tokens, and those that are read, in a block; None: all."""
-        self.real.index, self.read.index = real, real if read is None else read
+    def only(
+        self, real: Tensor | None, read: Tensor | None, place: Tensor | None = None
+    ) -> Iterator[None]:
+        """Compute the rows (N,) of real tokens, and those that are read, in a block; None: all.
+
+        `place` (B*S,) tells which of the real ones the others are copies of.
+        """
+        self.real.index, self.real.place = real, place
+        self.read.index, self.read.place = (real, place) if read is None else (read, None)
         try:
             yield
         finally:
-            self.real.index = self.read.index = None
+            self.real.index = self.real.place = self.read.index = self.read.place = None
 
 
 @contextmanager
@@ -91,6 +105,8 @@ def _on_rows(forward: Callable[..., Any], rows: Rows) -> Callable[..., Any]:
         out = forward(x.reshape(1, B * S, d).index_select(1, index))
         if not isinstance(out, Tensor):
             raise TypeError(f"a module that acts per token returned {type(out).__name__}")
+        if rows.place is not None:
+            return out.index_select(1, rows.place).view(B, S, -1)
         full = out.new_zeros(B * S, out.shape[-1])
         return full.index_copy(0, index, out.squeeze(0)).view(B, S, -1)
 
