@@ -65,6 +65,7 @@ def ways(model: nn.Module, folder: Path) -> dict[str, Shortcuts]:
         "labels only": {},
         "unread": {"unread": True},
         "padding": {"padding": True},
+        "sharing": {"padding": True, "sharing": True},
         "packed": {"packed": True},
         "packed, unread": {"packed": True, "unread": True},
         "reuse": {"frozen": frozen(model, memory())},
@@ -73,7 +74,7 @@ def ways(model: nn.Module, folder: Path) -> dict[str, Shortcuts]:
         "reuse, heads, disk": {"frozen": frozen(model, disk()), "heads": True},
         "everything": {
             **{"frozen": frozen(model, memory()), "heads": True},
-            **{"unread": True, "padding": True},
+            **{"unread": True, "padding": True, "sharing": True},
         },
     }
     return {name: Shortcuts(on=True, **which) for name, which in chosen.items()}

@@ -118,7 +118,8 @@ def test_a_store_goes_on_where_it_cannot_write(tmp_path, caplog) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_is_told_at_once(monkeypatch, tmp_path, caplog) -> None:
     monkeypatch.setattr(
-        "tempfile.TemporaryFile", lambda dir, **given: open("/dev/full", "r+b", **given)
+        "tempfile.TemporaryFile",
+        lambda dir, **given: open("/dev/full", "r+b", **given),  # noqa: SIM115
     )
     store = Store(0, GiB, tmp_path)
     store.put(0, states())
