@@ -1,12 +1,12 @@
 """Training with shortcuts finds the model's own loss and gradients, or notices and does without."""
 
-from dataclasses import contextvars
+import contextvars
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import replace
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
