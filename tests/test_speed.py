@@ -454,10 +454,22 @@ def test_the_examples_tried_have_padding_and_heads() -> None:
     assert 1 in chosen  # the shortest
     assert 5 in chosen  # half as long again
     assert 7 in chosen  # the shortest with a head
-    assert len(chosen) <= 4
-    assert examples_to_try(model, lengths[:1], prompts[:1]) == [0]
+    assert len(set(chosen)) == len(chosen) - 1 <= 4
+    assert examples_to_try(model, lengths[:1], prompts[:1]) == [0, 0]
     same = torch.full((4,), 8)
-    assert examples_to_try(model, same, same - 5) == [0]
+    assert examples_to_try(model, same, same - 5) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("positions", "parts"), [("f1+l2", {"real", "place"}), ("l2", {"real", "head_ids"})]
+)
+def test_the_examples_tried_are_a_batch_of_every_kind(positions, parts, tmp_path) -> None:
+    model, data = llama(positions=positions), dataset([(6, 3)] * 9 + [(9, 4), (7, 7)])
+    tried = examples_to_try(
+        described(model), torch.tensor(data.lengths), torch.tensor(data.prompt_lengths)
+    )
+    with taking(described(model), ways(model, tmp_path)["everything"], COLLATOR) as step:
+        assert parts <= step.collate([data[i] for i in tried]).keys()
 
 
 class BrokenError(Exception):

@@ -275,13 +275,14 @@ def examples_to_try(
     """Return the numbers of a few short examples: a batch with padding, and heads if any has one.
 
     Of the shortest alone, each might be as long as the other, or have no token that is not edited.
+    One comes twice, for the beginnings that are shared.
     """
     starts = first_edited(prompt_lengths, model.config) if model.causal else lengths * 0
     tails = lengths - starts
     kinds = (lengths > 0, lengths >= much * lengths.min(), starts > 0, tails >= much * tails.min())
     longest = int(lengths.max())
     found = {int(lengths.masked_fill(~k, longest + 1).argmin()) for k in kinds if bool(k.any())}
-    return sorted(found)
+    return sorted(found) + [max(found, key=lambda number: int(prompt_lengths[number]))]
 
 
 def _store(settings: SpeedSettings, folder: Path) -> Store:

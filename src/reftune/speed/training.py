@@ -187,7 +187,7 @@ def settle(
     if (why := reason(kept)) is not None:
         log.warning("Training takes no shortcuts with this model: %s.", why)
         return Shortcuts()
-    for name in ("packed", "compile", "frozen", "heads", "padding", "unread"):
+    for name in ("packed", "compile", "frozen", "heads", "padding", "sharing", "unread"):
         more = replace(kept, **{name: getattr(chosen, name)})
         if more == kept or (name == "heads" and kept.frozen is None):
             continue
