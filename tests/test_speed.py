@@ -105,6 +105,7 @@ WAYS = (
     "labels only",
     "unread",
     "padding",
+    "sharing",
     "packed",
     "packed, unread",
     "reuse",

@@ -282,7 +282,7 @@ def examples_to_try(
     kinds = (lengths > 0, lengths >= much * lengths.min(), starts > 0, tails >= much * tails.min())
     longest = int(lengths.max())
     found = {int(lengths.masked_fill(~k, longest + 1).argmin()) for k in kinds if bool(k.any())}
-    return sorted(found) + [max(found, key=lambda number: int(prompt_lengths[number]))]
+    return [*sorted(found), max(found, key=lambda number: int(prompt_lengths[number]))]
 
 
 def _store(settings: SpeedSettings, folder: Path) -> Store:
