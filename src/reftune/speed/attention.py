@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from reftune.speed import products
+
 NAME = "reftune_sdpa"
 _PACKING = ("cu_seq_lens_k", "max_length_k", "position_ids")
 
@@ -30,11 +32,16 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Return the attention (B, S, H, D) of query, key and value (B, H, S, D), as transformers does.
 
-    On a CPU the backward of SDPA in bfloat16 takes up to ten times as long as in float32 (torch
-    2.13), so there it is computed in float32.
+    On a CPU short sequences take plain products (`speed.products`). For the others the backward of
+    SDPA in bfloat16 takes up to ten times as long as in float32 (torch 2.13), so it is computed in
+    float32 there.
     """
     if kwargs.get("cu_seq_lens_q") is not None and _fits_window(kwargs):
         return _packed(module, query, key, value, **kwargs), None
+    if (scale := _short(module, query, key, value, attention_mask, kwargs)) is not None:
+        causal, dropout = attention_mask is None, kwargs.get("dropout", 0.0)
+        out = products.attention(query, key, value, attention_mask, causal, scale, dropout)
+        return out.transpose(1, 2).contiguous(), None
     dtype = query.dtype
     if dtype is torch.bfloat16 and query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()
@@ -42,6 +49,36 @@ def attention(
             attention_mask = attention_mask.float()
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return out.to(dtype), None
+
+
+def _short(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> float | None:
+    """Return the scale of an attention that plain products compute faster, else None."""
+    S, T, D = query.shape[2], key.shape[2], query.shape[3]
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    plain = (
+        query.device.type == "cpu"
+        and 1 < S <= T <= products.LONGEST
+        and query.dtype == key.dtype == value.dtype
+        and value.shape == key.shape
+        and (mask is not None or (causal and S == T))
+        and (mask is None or mask.shape[1] == 1)
+        and kwargs.get("position_bias") is None
+        and kwargs.get("softcap") is None
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+    if not plain:
+        return None
+    scale = kwargs.get("scaling")
+    return D**-0.5 if scale is None else float(scale)
 
 
 def _fits_window(kwargs: dict[str, Any]) -> bool:
