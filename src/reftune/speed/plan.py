@@ -20,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from reftune.config import ReftConfig
 from reftune.errors import LayersNotFoundError
 from reftune.layers import find_layer_list
+from reftune.methods import is_prompt_learning, is_trained_in_full
 from reftune.speed.frozen import Frozen, Store, first_edited, free_disk, free_memory
 from reftune.tuner import reft_layers
 
@@ -105,7 +106,7 @@ class Model:
         decoder: what returns its last hidden states.
         layers: the decoder's layers, in order.
         edited: which of them are edited, by number.
-        config: the one active adapter's.
+        config: the one active ReFT's; None where something else is trained, and nothing is edited.
     """
 
     whole: PreTrainedModel
@@ -113,7 +114,7 @@ class Model:
     decoder: nn.Module
     layers: Sequence[nn.Module]
     edited: tuple[int, ...]
-    config: ReftConfig
+    config: ReftConfig | None
 
     @property
     def head(self) -> nn.Linear | None:
@@ -131,18 +132,24 @@ def describe(model: Any) -> Model | None:
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(whole, PreTrainedModel) or whole.config.is_encoder_decoder:
         return None
+    if is_prompt_learning(model) or is_trained_in_full(whole):
+        return None
     causal = isinstance(whole, GenerationMixin)
     if not (_is_plain_causal(whole) if causal else _is_classifier(whole)):
         return None
     reft = reft_layers(whole)
     names = {name for layer in reft.values() for name in layer.names_active()}
-    if len(names) != 1:
-        return None
-    (name,) = names
     try:
         path = find_layer_list(whole)
     except LayersNotFoundError:
         return None
+    decoder = whole.get_submodule(path.rpartition(".")[0])
+    layers = list(whole.get_submodule(path).children())
+    if not reft:
+        return Model(whole, causal, decoder, layers, (), None)
+    if len(names) != 1:
+        return None
+    (name,) = names
     numbers = [_number(key, path) for key, layer in reft.items() if name in layer.configs]
     if not numbers or None in numbers:
         return None
@@ -150,8 +157,8 @@ def describe(model: Any) -> Model | None:
     return Model(
         whole,
         causal,
-        whole.get_submodule(path.rpartition(".")[0]),
-        list(whole.get_submodule(path).children()),
+        decoder,
+        layers,
         tuple(sorted(number for number in numbers if number is not None)),
         config,
     )
@@ -176,7 +183,9 @@ def _number(key: str, path: str) -> int | None:
 
 
 def can_reuse(model: Model, adapted: nn.Module) -> bool:
-    """Return whether nothing but the edits is trained or random."""
+    """Return whether there are edits, and nothing but the edits is trained or random."""
+    if model.config is None:
+        return False
     dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.whole.modules())
     values = model.whole.config.get_text_config().to_dict()
     random = any(
@@ -191,6 +200,7 @@ def can_reuse(model: Model, adapted: nn.Module) -> bool:
 
 def saved_share(model: Model, lengths: Tensor, prompt_lengths: Tensor) -> float:
     """Return which share of a later epoch's arithmetic need not be done again, about."""
+    assert model.config is not None
     starts = first_edited(prompt_lengths, model.config)
     heads, tokens = float(starts.sum()), float(lengths.sum())
     below, L = min(model.edited) + 1, len(model.layers)
@@ -233,7 +243,8 @@ def choose(
     frozen, heads = None, False
     longest = int(lengths.max())
     may_reuse = model.causal and not packed and can_reuse(model, adapted)
-    pools, dropout = model.config.intervention.pools_tokens, model.config.dropout
+    pools = model.config is not None and model.config.intervention.pools_tokens
+    dropout = model.config is not None and model.config.dropout > 0
     if settings.reuse and may_reuse and not _stretches(model, longest):
         worth = saved_share(model, lengths, prompt_lengths) > WORTH
         if worth or settings.reuse is True:
@@ -277,7 +288,8 @@ def examples_to_try(
     Of the shortest alone, each might be as long as the other, or have no token that is not edited.
     One comes twice, for the beginnings that are shared.
     """
-    starts = first_edited(prompt_lengths, model.config) if model.causal else lengths * 0
+    edits = model.causal and model.config is not None
+    starts = first_edited(prompt_lengths, model.config) if edits else lengths * 0  # type: ignore[arg-type]
     tails = lengths - starts
     kinds = (lengths > 0, lengths >= much * lengths.min(), starts > 0, tails >= much * tails.min())
     longest = int(lengths.max())

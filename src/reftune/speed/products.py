@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reftune.speed.dropout import kept
+
 BLOCK = 32
 """Queries per block of causal attention."""
 LONGEST = 512
@@ -59,29 +61,29 @@ class _Attention(torch.autograd.Function):
         B, H, S, D = query.shape
         k, v = (t.reshape(-1, t.shape[2], D) for t in (key, value))
         q = (query * scale).reshape(len(k), -1, S, D)
-        out, kept = q.new_empty(q.shape), []
+        out, saved = q.new_empty(q.shape), []
         for rows, columns in _blocks(S, k.shape[1], causal):
             q_i = _folded(q, rows)
             s = (q_i @ k[:, columns].mT).view(B, H, -1, columns.stop)
             p = _probabilities(s, mask, rows, causal).view(len(k), -1, columns.stop)
-            dropped = _dropped(p, dropout)
+            dropped = kept(p, dropout) if dropout else None
             out[:, :, rows] = ((p if dropped is None else p * dropped) @ v[:, columns]).view(
                 out[:, :, rows].shape
             )
-            kept += [q_i, p, dropped]
-        ctx.save_for_backward(k, v, *kept)
+            saved += [q_i, p, dropped]
+        ctx.save_for_backward(k, v, *saved)
         ctx.causal, ctx.scale = causal, scale
         return out.view(B, H, S, D)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, *kept = ctx.saved_tensors
+        k, v, *saved = ctx.saved_tensors
         B, _, S, D = grads[0].shape
         g = grads[0].reshape(len(k), -1, S, D)
         dq = g.new_empty(g.shape)
         dk, dv = (torch.zeros_like(t, dtype=_exact(t.dtype)) for t in (k, v))
-        parts = iter(kept)
+        parts = iter(saved)
         for rows, columns in _blocks(S, k.shape[1], ctx.causal):
             q_i, p, dropped = next(parts), next(parts), next(parts)
             g_i = _folded(g, rows)
@@ -124,10 +126,3 @@ def _probabilities(s: Tensor, mask: Tensor | None, rows: slice, causal: bool) ->
         later = torch.ones(n, n, dtype=torch.bool, device=s.device).triu_(1)
         s[..., rows].masked_fill_(later, torch.finfo(s.dtype).min)
     return s.softmax(-1, dtype=_exact(dtype)).to(dtype)
-
-
-def _dropped(p: Tensor, dropout: float) -> Tensor | None:
-    """Return 0 where a probability is dropped, else what keeps the mean."""
-    if not dropout:
-        return None
-    return torch.empty_like(p).bernoulli_(1 - dropout).div_(1 - dropout)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from reftune.data import Collator
-from reftune.speed import attention, compiled
+from reftune.speed import attention, compiled, dropout
 from reftune.speed.batches import CausalBatches, SequenceBatches
 from reftune.speed.frozen import Frozen, edited_alike, first_edited
 from reftune.speed.loss import cross_entropy, linear_cross_entropy
@@ -86,6 +86,8 @@ class LabelledLoss:
             return self._whole_forward(*args, **kwargs)
         kwargs.pop("labels", None)
         kwargs.pop("shift_labels", None)
+        if self.model.config is None:
+            kwargs.pop("prompt_mask", None)  # a ReFT's, whose hooks take it
         kwargs = {"use_cache": False} | kwargs
         for name in ("output_attentions", "output_hidden_states", "return_dict", "inputs_embeds"):
             if kwargs.get(name) is None:
@@ -140,6 +142,7 @@ def taking(model: Model | None, shortcuts: Shortcuts, collator: Any) -> Iterator
         return
     with ExitStack() as stack:
         stack.enter_context(attention.in_training(model.whole))
+        stack.enter_context(dropout.faster(model.whole))
         if shortcuts.offload is not None:
             stack.enter_context(offloading(model.layers, shortcuts.offload))
         if shortcuts.compile:
@@ -164,12 +167,13 @@ def _batches(
         return SequenceBatches(collator, first_read=shortcuts.unread)
     if type(collator) is not Collator:
         raise TypeError(f"what a {type(collator).__name__} does to a batch is not known")
+    edit: dict[str, Any] = {"config": model.config}
     return CausalBatches(
         collator.pad_token_id,
-        head=functools.partial(first_edited, config=model.config) if shortcuts.heads else None,
+        head=functools.partial(first_edited, **edit) if shortcuts.heads else None,
         numbered=shortcuts.frozen is not None,
         packed=shortcuts.packed,
-        alike=functools.partial(edited_alike, config=model.config) if shortcuts.sharing else None,
+        alike=functools.partial(edited_alike, **edit) if shortcuts.sharing else None,
     )
 
 
