@@ -40,12 +40,14 @@ def run(forward, tensors: list[Tensor], weights: Tensor) -> list[Tensor]:
     return [out.detach(), *grads]
 
 
+@pytest.mark.parametrize("kept", [0, products.KEPT])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("kind", ["causal", "added", "keys", "any"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_gradients_are_torchs(
-    shape: tuple[int, ...], kind: str, dtype: torch.dtype
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, kept: int, monkeypatch
 ) -> None:
+    monkeypatch.setattr(products, "KEPT", kept)
     B, H, _, S, T, D = shape
     if kind == "causal" and S != T:
         pytest.skip("causal attention is of a sequence to itself")
@@ -91,7 +93,8 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert sorted(first_row.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
 
 
-def test_gradients_with_dropout_are_those_of_the_same_draw() -> None:
+def test_gradients_with_dropout_are_those_of_the_same_draw(monkeypatch) -> None:
+    monkeypatch.setattr(products, "KEPT", 33)
     tensors = [t.double() for t in inputs(2, 4, 2, 40, 40, 4, torch.float32)]
 
     def draw(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 torch's attention on CPUs takes two to three times as long in its backward as these products do
 (torch 2.13), and in bfloat16 longer still. Query heads that share a key head are folded into one
 product, and causal attention is computed in blocks of queries, each with the keys up to its end.
+The probabilities of long sequences are computed again in the backward.
 
 Shapes: B batch, H query heads, K key heads, N = B*K, G = H/K, S queries, T keys, D head size.
 """
@@ -19,8 +20,10 @@ from reftune.speed.dropout import kept
 
 BLOCK = 32
 """Queries per block of causal attention."""
-LONGEST = 512
-"""Keys up to which the products are the faster; they keep S*T probabilities of each head."""
+KEPT = 256
+"""Keys up to which the S*T probabilities of each head are kept for the backward."""
+LONGEST = 2048
+"""Keys up to which the products are used."""
 
 
 def attention(
@@ -64,21 +67,21 @@ class _Attention(torch.autograd.Function):
         out, saved = q.new_empty(q.shape), []
         for rows, columns in _blocks(S, k.shape[1], causal):
             q_i = _folded(q, rows)
-            s = (q_i @ k[:, columns].mT).view(B, H, -1, columns.stop)
-            p = _probabilities(s, mask, rows, causal).view(len(k), -1, columns.stop)
+            p = _probabilities(q_i, k[:, columns], mask, rows, causal, B)
             dropped = kept(p, dropout) if dropout else None
             out[:, :, rows] = ((p if dropped is None else p * dropped) @ v[:, columns]).view(
                 out[:, :, rows].shape
             )
-            saved += [q_i, p, dropped]
-        ctx.save_for_backward(k, v, *saved)
+            keep = dropout > 0 or columns.stop <= KEPT
+            saved += [q_i, p if keep else None, dropped]
+        ctx.save_for_backward(k, v, mask, *saved)
         ctx.causal, ctx.scale = causal, scale
         return out.view(B, H, S, D)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, *saved = ctx.saved_tensors
+        k, v, mask, *saved = ctx.saved_tensors
         B, _, S, D = grads[0].shape
         g = grads[0].reshape(len(k), -1, S, D)
         dq = g.new_empty(g.shape)
@@ -86,6 +89,8 @@ class _Attention(torch.autograd.Function):
         parts = iter(saved)
         for rows, columns in _blocks(S, k.shape[1], ctx.causal):
             q_i, p, dropped = next(parts), next(parts), next(parts)
+            if p is None:
+                p = _probabilities(q_i, k[:, columns], mask, rows, ctx.causal, B)
             g_i = _folded(g, rows)
             dv[:, columns] += (p if dropped is None else p * dropped).mT @ g_i
             dp = g_i @ v[:, columns].mT
@@ -116,13 +121,15 @@ def _folded(t: Tensor, rows: slice) -> Tensor:
     return t[:, :, rows].reshape(len(t), -1, t.shape[-1])
 
 
-def _probabilities(s: Tensor, mask: Tensor | None, rows: slice, causal: bool) -> Tensor:
-    """Return the softmax of s (B, H, rows, columns), which is overwritten, in its dtype."""
-    dtype = s.dtype
+def _probabilities(
+    q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, causal: bool, B: int
+) -> Tensor:
+    """Return the softmax (N, G*rows, columns) of q (N, G*rows, D), scaled, and k (N, columns, D)."""
+    n, T = rows.stop - rows.start, k.shape[1]
+    s = (q @ k.mT).view(B, -1, n, T)
     if mask is not None:
         s = s + (mask if mask.shape[2] == 1 else mask[:, :, rows])
     if causal:
-        n = rows.stop - rows.start
         later = torch.ones(n, n, dtype=torch.bool, device=s.device).triu_(1)
         s[..., rows].masked_fill_(later, torch.finfo(s.dtype).min)
-    return s.softmax(-1, dtype=_exact(dtype)).to(dtype)
+    return s.softmax(-1, dtype=_exact(q.dtype)).to(q.dtype).view(len(q), -1, T)
