@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip --disable-pip-version-check
 # One thread per test process: two processes share the cores better than two threads do.
 TESTS  := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint types docs clean help
+.PHONY: demo test test-slow lint types clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -31,9 +31,6 @@ lint: $(VENV)/.dev  ## style
 
 types: $(VENV)/.dev  ## mypy --strict
 	$(BIN)/mypy
-
-docs: $(VENV)/.dev  ## write the generated parts of docs/ anew
-	$(BIN)/python docs/generate.py
 
 clean:  ## remove the environment and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
