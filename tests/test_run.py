@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from reftune import run as run_module
 from reftune.callbacks import Progress, last_checkpoint
-from reftune.errors import DataError, ReftConfigError, RunError
+from reftune.errors import DataError, RunError
 from reftune.plots import read_log
 from reftune.run import Silent, execute, load_adapter
 from reftune.settings import RunConfig, load_config
@@ -182,8 +182,8 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere.jsonl"):
         execute(tiny_run(tmp_path, data={"train": str(tmp_path / "nowhere.jsonl")}))
     shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(ReftConfigError, match=r"data.data_dir"):
-        execute(tiny_run(tmp_path, data={"train": ["boolq"]}))
+    with pytest.raises(DataError, match=r"data\.data_dir, a folder that holds boolq/train\.json"):
+        execute(tiny_run(tmp_path, data={"train": ["boolq"], "template": "commonsense"}))
     with pytest.raises(RunError, match="is no adapter"):
         load_adapter(tmp_path)
 

@@ -8,8 +8,8 @@ import pytest
 
 from reftune.errors import DataError, ReftConfigError
 from reftune.prompts import encode_examples, render_prompt
-from reftune.tasks import TASKS, get_task
-from reftune.tasks.commonsense import NAMES, TRIGGER, training_examples
+from reftune.tasks import TASKS, get_task, training_examples
+from reftune.tasks.commonsense import NAMES, TRIGGER
 from tiny import tiny_tokenizer
 
 ANSWERS = {"boolq": ["true", "false"], "piqa": ["solution1", "solution2"]}
@@ -42,12 +42,12 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def available_sets(tmp_path: Path) -> dict[str, Path]:
-    """Return every set with a test file: the real ones if REFTUNE_DATA_DIR names a folder."""
-    real = os.environ.get("REFTUNE_DATA_DIR")
+    """Return every set with a test file: the real ones if REFTUNE_TEST_DATA names a folder."""
+    real = os.environ.get("REFTUNE_TEST_DATA")
     if real is None:
         for name in NAMES:
             write_set(tmp_path, name, "test")
-    root = tmp_path if real is None else Path(real)
+    root = tmp_path if real is None else Path(real) / "llm_adapters/dataset"
     found = {name: root for name in NAMES if (root / name / "test.json").is_file()}
     assert found, f"no commonsense set under {root}"
     return found
@@ -77,9 +77,22 @@ def test_the_prompt_is_the_instruction_and_a_newline(name, data_dir):
     assert tokenizer.decode(target) == TRIGGER + task.gold(example) + "</s>"
 
 
-def test_the_paper_decodes_greedily_with_32_tokens(data_dir):
+def test_the_paper_decodes_greedily_with_32_tokens_or_samples_with_beams(data_dir):
     sampling = get_task("boolq", data_dir).sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.num_beams) == (32, 0.0, 1)
+    assert sampling == get_task("boolq", data_dir, decoding="greedy").sampling
+    other = get_task("boolq", data_dir, decoding="sampling").sampling
+    assert (other.max_new_tokens, other.temperature, other.top_p) == (32, 0.1, 0.75)
+    assert (other.top_k, other.num_beams) == (40, 4)
+    assert get_task("boolq", data_dir, max_new_tokens=5).sampling.max_new_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "near"), [("split", "tst", "test"), ("decoding", "gredy", "greedy")]
+)
+def test_an_unknown_split_or_decoding_gets_a_suggestion(key, value, near, data_dir):
+    with pytest.raises(ReftConfigError, match=rf"{key} is '{value}'.*Did you mean '{near}'"):
+        get_task("boolq", data_dir, **{key: value})
 
 
 @pytest.mark.parametrize(
@@ -141,7 +154,7 @@ def test_an_unknown_task_gets_a_suggestion(data_dir):
 
 
 def test_a_missing_file_says_where_it_should_be(tmp_path):
-    with pytest.raises(DataError, match=r"boolq.test\.json does not exist"):
+    with pytest.raises(DataError, match=r"boolq/test\.json does not exist there"):
         get_task("boolq", tmp_path)
 
 
@@ -163,20 +176,19 @@ def test_a_row_that_does_not_fit_is_named(row, message, tmp_path):
 
 
 def test_training_examples_mix_the_training_splits(data_dir):
-    mixed = training_examples(data_dir, ["boolq", "piqa", "ARC-Easy"])
+    names = ["boolq", "piqa", "ARC-Easy"]
+    mixed = training_examples(names, data_dir)
     everything = [
-        get_task(name, data_dir, split="train").example(i)
-        for name in ("boolq", "piqa", "ARC-Easy")
-        for i in range(6)
+        get_task(name, data_dir, split="train").example(i) for name in names for i in range(6)
     ]
     key = str
     assert sorted(mixed, key=key) == sorted(everything, key=key)
     assert mixed != everything
     assert len({example.prompt.split(" of ")[1] for example in mixed[:9]}) == 3
-    assert training_examples(data_dir, ["boolq", "piqa", "ARC-Easy"], limit=5) == mixed[:5]
-    assert training_examples(data_dir, ["boolq", "piqa", "ARC-Easy"], seed=1) != mixed
+    assert training_examples(names, data_dir, limit=5) == mixed[:5]
+    assert training_examples(names, data_dir, seed=1) != mixed
 
 
 def test_training_on_an_unknown_set_gets_a_suggestion(data_dir):
-    with pytest.raises(ReftConfigError, match=r"'ARC-Esy' is no.*Did you mean 'ARC-Easy'"):
-        training_examples(data_dir, ["ARC-Esy"])
+    with pytest.raises(ReftConfigError, match=r"no task 'ARC-Esy'.*Did you mean 'ARC-Easy'"):
+        training_examples(["ARC-Esy"], data_dir)

@@ -164,9 +164,9 @@ def _encoded(
 
 def commonsense(data_dir: Path, tokenizer: Any, limit: int) -> list[Row]:
     """Return a mixture of the paper's training sets, as many as there are with training rows."""
-    from reftune.tasks.commonsense import training_examples
+    from reftune.tasks import training_examples
 
-    examples = training_examples(data_dir / "llm_adapters/dataset", COMMONSENSE, seed=SEED)
+    examples = training_examples(COMMONSENSE, data_dir / "llm_adapters/dataset", seed=SEED)
     return _encoded(examples, tokenizer, "commonsense", 512, limit)
 
 

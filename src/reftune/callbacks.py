@@ -8,12 +8,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,13 +25,32 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training is, for a progress bar; `tokens_per_second` counts real tokens."""
+    """Where training is, for a progress bar.
+
+    Attributes:
+        tokens_per_second: real tokens, without padding.
+        logged: whether loss and learning rate are this step's, not those logged before.
+    """
 
     step: int
     total_steps: int
     loss: float | None
     learning_rate: float | None
     tokens_per_second: float
+    logged: bool = True
+
+
+class Reporter(Protocol):
+    """Who is told what a run does; the command line prints it."""
+
+    def say(self, text: str) -> None:
+        """Tell one fact."""
+
+    def training(self, progress: Progress) -> None:
+        """Tell how far training is."""
+
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        """Tell how far an evaluation is."""
 
 
 def last_checkpoint(directory: Path) -> Path | None:
@@ -44,11 +63,17 @@ def _is_whole(checkpoint: Path) -> bool:
     """Return whether a checkpoint has all its files: transformers writes the state last."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt"):
+        with safe_open(weights_in(checkpoint), framework="pt"):
             pass
     except (OSError, ValueError, SafetensorError):
         return False
     return all((checkpoint / name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
+
+
+def weights_in(checkpoint: Path) -> Path:
+    """Return the file of a checkpoint's weights: a model's where its own are trained."""
+    whole = checkpoint / "model.safetensors"
+    return whole if whole.is_file() else checkpoint / "adapter_model.safetensors"
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -62,9 +87,15 @@ class LogFile(TrainerCallback):
         self.path = path
         lines = path.read_text().splitlines() if path.is_file() and after_step else []
         kept = [line for line in lines if _logged_step(line) <= after_step]
+        self._start, self._before = time.perf_counter(), _logged_seconds(kept)
         part = path.with_suffix(".part")
         part.write_text("".join(f"{line}\n" for line in kept))
         os.replace(part, path)
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the run has trained, before a resume, too."""
+        return self._before + time.perf_counter() - self._start
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,9 +112,28 @@ class LogFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        row = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
+        row = {
+            "step": state.global_step,
+            "time": round(time.time(), 3),
+            "seconds": round(self.seconds, 3),
+            **(logs or {}),
+        }
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def trained_seconds(log: Path) -> float:
+    """Return how long the run of a log has trained, over all its resumes."""
+    return _logged_seconds(log.read_text().splitlines() if log.is_file() else [])
+
+
+def _logged_seconds(lines: Sequence[str]) -> float:
+    for line in reversed(lines):
+        try:
+            return float(json.loads(line)["seconds"])
+        except (ValueError, KeyError, TypeError):  # torn
+            continue
+    return 0.0
 
 
 def _logged_step(line: str) -> int:
@@ -127,20 +177,20 @@ class Watch(TrainerCallback):
         logs = logs or {}
         self._loss = logs.get("loss", self._loss)
         self._learning_rate = logs.get("learning_rate", self._learning_rate)
-        self._tell(state)
+        self._tell(state, logged=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._tell(state)
 
-    def _tell(self, state: TrainerState) -> None:
+    def _tell(self, state: TrainerState, logged: bool = False) -> None:
         self.tokens = round(((state.epoch or 0.0) - self._start_epoch) * self._tokens_per_epoch)
         if self._on_progress is not None:
             rate = self.tokens / max(time.perf_counter() - self._start, 1e-9)
             total = state.max_steps or self._total
             self._on_progress(
-                Progress(state.global_step, total, self._loss, self._learning_rate, rate)
+                Progress(state.global_step, total, self._loss, self._learning_rate, rate, logged)
             )
 
 
@@ -199,4 +249,11 @@ class Interrupt(TrainerCallback):
         if self.asked:
             control.should_save = True
             control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.asked and (state.epoch or 0.0) % 1:  # an epoch cut short is none to choose
+            control.should_evaluate = False
         return control

@@ -7,29 +7,30 @@ from typing import Any
 
 import yaml
 
-from reftune.config import ReftConfig
+from reftune.methods import BASELINES, PEFT_METHODS, WEIGHT_METHODS
 from reftune.settings import RunConfig
 
 
-def model_card(config: RunConfig, adapter: ReftConfig, results: Mapping[str, Any]) -> str:
+def model_card(config: RunConfig, base: str, results: Mapping[str, Any]) -> str:
     """Return the README.md of an adapter's directory, with the Hub's metadata on top."""
-    base = adapter.base_model_name_or_path
+    is_reft = config.method not in BASELINES
     front = {
         "base_model": base,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["reft", adapter.method, "representation-finetuning", "reftune"],
+        "library_name": "reftune" if config.method in WEIGHT_METHODS else "peft",
+        "pipeline_tag": "text-classification" if _is_classifier(config) else "text-generation",
+        "tags": ["reft", config.method, "representation-finetuning", "reftune"]
+        if is_reft
+        else [config.method, "reftune"],
     }
     sources = config.data.train if isinstance(config.data.train, list) else [config.data.train]
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {config.name}",
-        f"A representation finetuning (ReFT) adapter for `{base}`: it edits hidden states of "
-        f"prompt tokens, the weights of the model stay as they are.",
+        _about(config.method, base),
         "## Use",
-        _usage(str(base), config.name),
+        _usage(config, base),
         "## The adapter",
-        _table(("setting", "value"), _settings(config, adapter, results)),
+        _table(("setting", "value"), _settings(config, results)),
         "## Training",
         _table(("setting", "value"), _training(config, sources, results)),
     ]
@@ -40,10 +41,42 @@ def model_card(config: RunConfig, adapter: ReftConfig, results: Mapping[str, Any
     return "\n\n".join(sections) + "\n"
 
 
-def _usage(base: str, name: str) -> str:
+def _about(method: str, base: str) -> str:
+    if method in PEFT_METHODS:
+        return f"A `{method}` adapter (PEFT) for `{base}`, trained by reftune's runner."
+    if method in WEIGHT_METHODS:
+        return f"Trained weights of `{base}`: {WEIGHT_METHODS[method]}. The others are not here."
+    return (
+        f"A representation finetuning (ReFT) adapter for `{base}`: it edits hidden states of "
+        f"prompt tokens, the weights of the model stay as they are."
+    )
+
+
+def _is_classifier(config: RunConfig) -> bool:
+    return config.task_type == "seq_cls"
+
+
+def _usage(config: RunConfig, base: str) -> str:
+    method, name = config.method, config.name
+    if method in WEIGHT_METHODS:
+        return f"""```python
+from reftune.run import load_adapter
+
+loaded = load_adapter("path/to/{name}")
+loaded.model, loaded.tokenizer
+```"""
+    register = "" if method in PEFT_METHODS else "import reftune  # registers ReFT with PEFT\n"
+    if _is_classifier(config):
+        return f"""```python
+{register}from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+labels = AutoConfig.from_pretrained("path/to/{name}")
+model = AutoModelForSequenceClassification.from_pretrained("{base}", config=labels)
+model = PeftModel.from_pretrained(model, "path/to/{name}")
+```"""
     return f"""```python
-import reftune  # registers ReFT with PEFT
-from peft import PeftModel
+{register}from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{base}")
@@ -51,17 +84,25 @@ model = PeftModel.from_pretrained(model, "path/to/{name}")
 ```"""
 
 
-def _settings(
-    config: RunConfig, adapter: ReftConfig, results: Mapping[str, Any]
-) -> list[tuple[str, str]]:
+def _settings(config: RunConfig, results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if config.method in BASELINES:
+        fields = config.adapter.model_dump()
+        own = [(key, str(value)) for key, value in fields.items() if value not in (None, {}, [])]
+    else:
+        adapter = config.reft_config()
+        own = [
+            ("method", adapter.method),
+            ("rank", str(adapter.r)),
+            ("layers", str(adapter.layers)),
+            ("positions", adapter.positions),
+            ("tied", adapter.tied),
+        ]
     return [
-        ("method", adapter.method),
-        ("rank", str(adapter.r)),
-        ("layers", str(adapter.layers)),
-        ("positions", adapter.positions),
-        ("tied", adapter.tied),
+        *own,
         ("trainable parameters", f"{results['parameters']:,} ({results['percent']:.4f}%)"),
-        ("prompt template", config.data.template),
+        ("and of the head", f"{results['head_parameters']:,}")
+        if _is_classifier(config)
+        else ("prompt template", config.data.template),
     ]
 
 

@@ -2,14 +2,21 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import final
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from reftune.errors import DataError, ReftConfigError
 
@@ -54,6 +61,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return text
 
 
+def settled_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: tuple[str, ...]) -> str:
+    """Return the text of generated ids that more ids only add to.
+
+    An end that is part of a character, or that may become a stop string, is held back.
+    """
+    text = decode(tokenizer, ids).rstrip("\ufffd")
+    return text[: len(text) - max((_overlap(text, s) for s in stop), default=0)]
+
+
 def until_first_stop(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: tuple[str, ...]
 ) -> tuple[list[int], str]:
@@ -90,15 +106,42 @@ class StopOnText(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         rows = input_ids[:, self.prompt_length :].tolist()
-        return torch.tensor([self._stopped(ids) for ids in rows], device=input_ids.device)
+        return torch.tensor([self.stopped(ids) for ids in rows], device=input_ids.device)
 
-    def _stopped(self, ids: list[int]) -> bool:
+    def stopped(self, ids: list[int]) -> bool:
+        """Return whether the text of generated ids contains a stop string."""
         tail = decode(self.tokenizer, ids[-self.window :])
         # A tail may decode differently from its text (a dropped leading space): look twice.
         return (
             find_stop(tail, self.stop) is not None
             and find_stop(decode(self.tokenizer, ids), self.stop) is not None
         )
+
+
+@final
+class RowsDone(StoppingCriteria):
+    """Stop rows of which `is_done(row, generated ids)` says so, and all rows once `enough` are.
+
+    `ends` then says where each row stopped: the number of its generated ids, or None.
+    """
+
+    def __init__(
+        self, is_done: Callable[[int, list[int]], bool], prompt_length: int, enough: int
+    ) -> None:
+        self.is_done = is_done
+        self.prompt_length = prompt_length
+        self.enough = enough
+        self.ends: list[int | None] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        rows = input_ids[:, self.prompt_length :].tolist()
+        self.ends = self.ends or [None] * len(rows)
+        for k, ids in enumerate(rows):
+            if self.ends[k] is None and self.is_done(k, ids):
+                self.ends[k] = len(ids)
+        stopped = [end is not None for end in self.ends]
+        all_stop = sum(stopped) >= self.enough
+        return torch.tensor([all_stop or s for s in stopped], device=input_ids.device)
 
 
 @final
@@ -139,8 +182,36 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 def fingerprint(model: PreTrainedModel | PeftModel) -> str:
     """Return the architecture, the active adapters and a digest of up to 9 values per weight."""
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    digest = _digest(model.named_parameters())
+    return f"{_architecture(model)} adapters={','.join(active) or 'none'} weights={digest}"
+
+
+def fingerprint_of(model: PreTrainedModel | PeftModel, adapter: str | None) -> str:
+    """Return as `fingerprint`, of the base model and one adapter (None: of the base alone).
+
+    Neither the adapter's name nor what else is loaded changes it.
+    """
+    weights: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
+    if not isinstance(model, PeftModel):
+        return f"{_architecture(model)} weights={_digest(weights)}"
+    marks = (model.base_model.prefix, ".modules_to_save.")
+    base = [(name, p) for name, p in weights if not any(mark in name for mark in marks)]
+    identity = f"{_architecture(model)} base={_digest(base)}"
+    if adapter is None:
+        return identity
+    # Without saving embeddings PEFT does not ask the Hub about the base model.
+    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return f"{identity} adapter={_digest(sorted(own.items()))}"
+
+
+def _architecture(model: PreTrainedModel | PeftModel) -> str:
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+
+
+def _digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         # Quantised parameters are subclasses with their own indexing; meta ones have no values.
         plain = type(parameter) in (torch.nn.Parameter, torch.Tensor)
@@ -148,9 +219,50 @@ def fingerprint(model: PreTrainedModel | PeftModel) -> str:
             flat = parameter.detach().reshape(-1)
             step = max(1, flat.numel() // 8)
             digest.update(json.dumps(flat[::step][:9].double().tolist()).encode())
-    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
-    architecture = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
-    return f"{architecture} adapters={','.join(active) or 'none'} weights={digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
+
+
+def has_plain_cache(model: PreTrainedModel | PeftModel) -> bool:
+    """Return whether a model's cache is keys and values alone, by row and position.
+
+    So rows can be copied and left out. Virtual tokens (prompt and prefix tuning) may be a cache.
+    """
+    base = model
+    if isinstance(model, PeftModel):
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            return False
+        base = model.get_base_model()
+    arguments = inspect.signature(base.forward).parameters.keys()
+    if not {"past_key_values", "position_ids", "attention_mask"} <= arguments:
+        return False
+    kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def longest_first(
+    lengths: Sequence[int],
+    rows: int,
+    tokens: int | None = None,
+    counts: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Return batches of indices, the longest first, of at most `rows` rows and `tokens` tokens.
+
+    A batch's tokens are its rows times its longest. `counts` says how many rows each index has,
+    by default 1. An index that is too large for any batch gets its own.
+    """
+    batches: list[list[int]] = []
+    filled = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        count = 1 if counts is None else counts[i]
+        full = not batches or filled + count > rows
+        if not full and tokens is not None:
+            full = (filled + count) * lengths[batches[-1][0]] > tokens
+        if full:
+            batches.append([])
+            filled = 0
+        batches[-1].append(i)
+        filled += count
+    return batches
 
 
 def check_prompt(prompt: Sequence[int], what: str) -> None:

@@ -7,7 +7,9 @@
     ├── AdapterMismatchError(ValueError) a checkpoint does not fit its config or the model
     ├── MergeError(NotImplementedError)  a ReFT cannot be merged into weights
     ├── DataError(ValueError)            a row does not fit; names file and line
-    └── RunError(RuntimeError)           a run cannot start, go on or be found
+    ├── RunError(RuntimeError)           a run cannot start, go on or be found
+    │   └── RunInterrupted               Ctrl-C ended it; it can go on
+    └── UnsupportedVersionError(RuntimeError)  another library's version was not tried
 
 Each also derives from the built-in exception a PEFT or transformers user would expect there.
 """
@@ -43,6 +45,14 @@ class DataError(ReftuneError, ValueError):
 
 class RunError(ReftuneError, RuntimeError):
     """A run cannot start, resume or be evaluated; the message says what to do."""
+
+
+class RunInterrupted(RunError):  # noqa: N818 - nothing is wrong with it
+    """Ctrl-C ended a run; the message says how to go on."""
+
+
+class UnsupportedVersionError(ReftuneError, RuntimeError):
+    """Another library is missing or has a version that reftune was not tried with."""
 
 
 def did_you_mean(got: str, accepted: list[str]) -> str:

@@ -1,87 +1,63 @@
 """Evaluation: run(task, engine) -> Result, with every generation kept, resumable and comparable.
 
-A samples file is JSON lines: first a header (what was run, with which settings), then one `Sample`
-per example, in the order in which the engine finishes them. A killed evaluation goes on from its
-samples file: what is there is not generated again.
+Several adapters and the base are evaluated in one pass (`run_adapters`): rows of different
+adapters share batches. What is kept, and how evaluations compare, is in `reftune.samples`.
 """
 
 import dataclasses
 import functools
 import json
-import math
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, final
+from typing import IO, Any, Protocol, final, runtime_checkable
 
 from reftune.errors import ReftConfigError, RunError
 from reftune.generate import Completion, Engine, HFEngine
+from reftune.methods import as_base
 from reftune.prompts import Example, encode_prompt, render_prompt
+from reftune.samples import (
+    FORMAT,
+    OverSeeds,
+    PairedDifference,
+    Result,
+    Sample,
+    earlier_samples,
+    over_seeds,
+    paired_difference,
+    read_samples,
+    result_of,
+    write_row,
+)
 from reftune.tasks import Task
 
-FORMAT = 1
-START = b'{"reftune_samples": '  # every samples file begins so
+__all__ = [
+    "Decides",
+    "OverSeeds",
+    "PairedDifference",
+    "Result",
+    "Sample",
+    "over_seeds",
+    "paired_difference",
+    "read_samples",
+    "run",
+    "run_adapters",
+    "run_all",
+]
 
 
-@final
-@dataclass(frozen=True)
-class Sample:
-    """One scored generation.
+@runtime_checkable
+class Decides(Protocol):
+    """A task that can tell before a completion ends what its score will be."""
 
-    `seconds` is the time since the sample before it, so a batch's time is on its first sample and
-    the sum over all samples is the time the evaluation took.
-    """
+    def is_decided(self, example: Example, text: str) -> bool:
+        """Return whether `score(example, text + more)` is the same for every `more`, '' included.
 
-    index: int
-    where: str
-    adapter: str | None
-    prompt: str
-    gold: str
-    completion: str
-    extracted: str
-    score: float
-    tokens: int
-    finish_reason: str
-    seconds: float
-
-
-@final
-@dataclass(frozen=True)
-class Result:
-    """The mean score of a task.
-
-    `stderr` is sqrt(p(1-p)/(n-1)) for scores of 0 and 1, lm-eval's; None for a single example.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    seconds: float
-    generated_tokens: int
-
-    def to_json(self) -> str:
-        """Return the result as one line of JSON."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False)
-
-
-@final
-@dataclass(frozen=True)
-class PairedDifference:
-    """How much better a is than b on the same examples: the mean of score_a - score_b.
-
-    `wins` and `losses` count the examples on which a scores higher and lower.
-    """
-
-    mean: float
-    stderr: float | None
-    wins: int
-    losses: int
-    n: int
+        `text` is a completion so far, and may end within a word. An engine that can stop there
+        does; samples then hold the completion up to there.
+        """
 
 
 def run(
@@ -104,23 +80,41 @@ def run(
         RunError: the file belongs to another task, model, adapter or settings, or is damaged.
         ReftConfigError: `limit` is below 1, or `adapters` has another length than the examples.
     """
-    if limit is not None and limit < 1:
-        raise ReftConfigError(f"limit={limit} is not accepted: it must be 1 or more, or None.")
-    n = task.num_examples if limit is None else min(limit, task.num_examples)
-    if n == 0:
-        raise RunError(f"task {task.name!r} has no examples: there is nothing to evaluate.")
+    n = _count(task, limit)
     names = _adapter_per_example(adapters, n)
-    if samples_path is None:
-        samples = _evaluate(task, engine, n, names, {}, None, progress)
-    else:
-        path = Path(samples_path)
-        header = _header(task, engine)
-        done = _resume(path, header, task, engine, n, names)
-        with path.open("a", encoding="utf-8") as file:
-            if path.stat().st_size == 0:
-                _write(file, header)
-            samples = _evaluate(task, engine, n, names, done, file, progress)
-    return _result(task.name, samples)
+    path = None if samples_path is None else Path(samples_path)
+    with _opened(task, engine, n, {"": (names, engine.identity, path)}) as jobs:
+        _evaluate(task, engine, n, jobs, progress)
+    return result_of(task.name, task.metric, jobs[0].in_order(n))
+
+
+def run_adapters(
+    task: Task,
+    engine: HFEngine,
+    adapters: Mapping[str, str | None],
+    *,
+    limit: int | None = None,
+    samples: Mapping[str, Path] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Result]:
+    """Generate and score a task with several adapters in one pass: {who: result}.
+
+    `adapters` says for each who which loaded adapter acts (None: the base model). Greedy
+    completions are those of one evaluation after another, up to the rounding of the model's dtype.
+    `samples` names a samples file for each; the other arguments are those of `run`.
+
+    Raises:
+        RunError: a file belongs to another task, model, adapter or settings, or is damaged.
+        ReftConfigError: `limit` is below 1, or the model has no such adapter.
+    """
+    n = _count(task, limit)
+    parts = {
+        who: ([name] * n, engine.identity_of(name), samples[who] if samples else None)
+        for who, name in adapters.items()
+    }
+    with _opened(task, engine, n, parts) as jobs:
+        _evaluate(task, engine, n, jobs, progress)
+    return {job.who: result_of(task.name, task.metric, job.in_order(n)) for job in jobs}
 
 
 def run_all(
@@ -130,97 +124,118 @@ def run_all(
     base: bool,
     samples: Path | None,
     progress: Callable[[str, int, int], None],
+    adapters: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate tasks with the active adapter, and with the `base` model: {task: {who: result}}.
+    """Evaluate tasks with adapters, and with the `base` model: {task: {who: result}}.
 
-    Generations go to `samples`/WHO/TASK.jsonl, from which a killed evaluation goes on;
-    `progress(what, done, total)` is called after every example.
+    Without names in `adapters` the active one acts, and its who is "adapter". Several are evaluated
+    in one pass, and each is its own who. Generations go to `samples`/WHO/TASK.jsonl, from which a
+    killed evaluation goes on; `progress(what, done, total)` is called after every example.
     """
-    model: Any = engine.model  # a PeftModel: a plain one has no adapter to switch off
+    if "base" in adapters:
+        raise ReftConfigError("an adapter named 'base' would be taken for the base: rename it.")
     results: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
     for task in tasks:
-        for who in (["base"] if base else []) + ["adapter"]:
+        whos: dict[str, str | None] = ({"base": None} if base else {}) | {a: a for a in adapters}
+        if adapters:
+            paths = {w: samples / w / f"{task.name}.jsonl" for w in whos} if samples else None
+            tell = functools.partial(progress, task.name)
+            found = run_adapters(task, engine, whos, samples=paths, progress=tell)
+            results[task.name] = {who: dataclasses.asdict(r) for who, r in found.items()}
+            continue
+        for who in [*whos, "adapter"]:
             path = samples / who / f"{task.name}.jsonl" if samples else None
             tell = functools.partial(progress, f"{task.name}, {who}")
-            with model.disable_adapter() if who == "base" else nullcontext():
+            with as_base(engine.model) if who == "base" else nullcontext():
                 result = run(task, engine, samples_path=path, progress=tell)
             results[task.name][who] = dataclasses.asdict(result)
     return results
 
 
-def read_samples(path: str | Path) -> list[Sample]:
-    """Read a samples file, ordered by example; a torn last line is left out.
+@final
+@dataclass
+class _Job:
+    """One evaluation of a pass: which adapter acts on each example, and where samples go."""
 
-    Raises:
-        RunError: there is no such file, or it is not a samples file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RunError(f"{path} does not exist: give the samples file of an evaluation.")
-    header, samples, _ = _read(path)
-    if header is None:
-        raise RunError(f"{path} is empty: the evaluation stopped before its first example.")
-    return sorted(samples, key=lambda sample: sample.index)
+    who: str
+    names: list[str | None] | None
+    samples: dict[int, Sample] = field(default_factory=dict)
+    file: IO[str] | None = None
+
+    def adapter(self, i: int) -> str | None:
+        return None if self.names is None else self.names[i]
+
+    def add(self, sample: Sample) -> None:
+        self.samples[sample.index] = sample
+        if self.file is not None:
+            write_row(self.file, dataclasses.asdict(sample))
+
+    def in_order(self, n: int) -> list[Sample]:
+        return [self.samples[i] for i in range(n)]
 
 
-def paired_difference(a: Sequence[Sample], b: Sequence[Sample]) -> PairedDifference:
-    """Compare two evaluations example by example; far sharper than comparing two means.
-
-    Raises:
-        RunError: they were not made from the same examples.
-    """
-    by_index = {sample.index: sample for sample in b}
-    same = len(a) == len(b) == len(by_index) and all(
-        s.index in by_index
-        and (s.prompt, s.gold) == (by_index[s.index].prompt, by_index[s.index].gold)
-        for s in a
-    )
-    if not a or not same:
-        raise RunError(
-            f"the two evaluations do not pair: {len(a)} and {len(b)} samples, which must be of the "
-            "same examples; evaluate both with the same task, data and limit."
-        )
-    differences = [sample.score - by_index[sample.index].score for sample in a]
-    return PairedDifference(
-        mean=statistics.fmean(differences),
-        stderr=_stderr(differences),
-        wins=sum(d > 0 for d in differences),
-        losses=sum(d < 0 for d in differences),
-        n=len(differences),
-    )
+@contextmanager
+def _opened(
+    task: Task,
+    engine: Engine,
+    n: int,
+    parts: Mapping[str, tuple[list[str | None] | None, str, Path | None]],
+) -> Iterator[list[_Job]]:
+    """Give a job for each who: (adapter per example, identity, samples file), its file open."""
+    with ExitStack() as stack:
+        jobs = []
+        for who, (names, identity, path) in parts.items():
+            job = _Job(who, names)
+            if path is not None:
+                header = _header(task, identity)
+                found = [s for s in earlier_samples(path, header) if s.index < n]
+                _check_samples(path, found, job, task, engine)
+                job.samples = {s.index: s for s in found}
+                job.file = stack.enter_context(path.open("a", encoding="utf-8"))
+                if path.stat().st_size == 0:
+                    write_row(job.file, header)
+            jobs.append(job)
+        yield jobs
 
 
 def _evaluate(
     task: Task,
     engine: Engine,
     n: int,
-    names: list[str | None] | None,
-    done: Mapping[int, Sample],
-    file: IO[str] | None,
+    jobs: Sequence[_Job],
     progress: Callable[[int, int], None] | None,
-) -> list[Sample]:
-    """Generate what is not `done`, writing each sample as it finishes, and return all samples."""
-    samples = dict(done)
-    todo = [i for i in range(n) if i not in done]
-    examples = [task.example(i) for i in todo]
-    prompts = [encode_prompt(e.prompt, engine.tokenizer, task.template) for e in examples]
+) -> None:
+    """Generate what the jobs do not have yet, keeping each sample as it finishes."""
+    todo = [(i, job) for i in range(n) for job in jobs if i not in job.samples]
+    examples = {i: task.example(i) for i, _ in todo}
+    encoded = {
+        i: encode_prompt(e.prompt, engine.tokenizer, task.template) for i, e in examples.items()
+    }
     last = time.perf_counter()
 
     def finish(k: int, completion: Completion) -> None:
         nonlocal last
+        i, job = todo[k]
         now = time.perf_counter()
-        adapter = None if names is None else names[todo[k]]
-        sample = _sample(task, engine, todo[k], examples[k], completion, adapter, now - last)
+        job.add(_sample(task, engine, i, examples[i], completion, job.adapter(i), now - last))
         last = now
-        samples[sample.index] = sample
-        if file is not None:
-            _write(file, dataclasses.asdict(sample))
         if progress is not None:
-            progress(len(samples), n)
+            progress(sum(len(job.samples) for job in jobs), n * len(jobs))
 
-    row_adapters = None if names is None else [names[i] for i in todo]
-    engine.generate(prompts, task.sampling, row_adapters, finish)
-    return [samples[i] for i in range(n)]
+    prompts = [encoded[i] for i, _ in todo]
+    named = any(job.names is not None for job in jobs)
+    adapters = [job.adapter(i) for i, job in todo] if named else None
+    if isinstance(engine, HFEngine) and isinstance(task, Decides):
+        decided = task.is_decided
+        engine.generate(
+            prompts,
+            task.sampling,
+            adapters,
+            finish,
+            is_decided=lambda k, text: decided(examples[todo[k][0]], text),
+        )
+    else:
+        engine.generate(prompts, task.sampling, adapters, finish)
 
 
 def _sample(
@@ -251,22 +266,14 @@ def _prompt_text(example: Example, engine: Engine, task: Task) -> str:
     return render_prompt(example.prompt, engine.tokenizer, task.template)
 
 
-def _result(task: str, samples: Sequence[Sample]) -> Result:
-    scores = [sample.score for sample in samples]
-    return Result(
-        task=task,
-        metric="accuracy",
-        value=statistics.fmean(scores),
-        stderr=_stderr(scores),
-        n=len(scores),
-        seconds=round(math.fsum(sample.seconds for sample in samples), 3),
-        generated_tokens=sum(sample.tokens for sample in samples),
-    )
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    """Return the standard error of the mean; for 0 and 1 it is sqrt(p(1-p)/(n-1))."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+def _count(task: Task, limit: int | None) -> int:
+    """Return how many examples are evaluated."""
+    if limit is not None and limit < 1:
+        raise ReftConfigError(f"limit={limit} is not accepted: it must be 1 or more, or None.")
+    n = task.num_examples if limit is None else min(limit, task.num_examples)
+    if n == 0:
+        raise RunError(f"task {task.name!r} has no examples: there is nothing to evaluate.")
+    return n
 
 
 def _adapter_per_example(
@@ -283,91 +290,32 @@ def _adapter_per_example(
     return names
 
 
-# --- the samples file -----------------------------------------------------------------------------
-
-
-def _header(task: Task, engine: Engine) -> dict[str, Any]:
+def _header(task: Task, identity: str) -> dict[str, Any]:
     """Return all that decides a generation besides its prompt and its row's adapter."""
     header = {
         "reftune_samples": FORMAT,
         "task": task.name,
         "template": task.template,
         "sampling": dataclasses.asdict(task.sampling),
-        "model": engine.identity,
+        "model": identity,
     }
     plain: dict[str, Any] = json.loads(json.dumps(header))  # tuples become lists, as in the file
     return plain
 
 
-def _write(file: IO[str], row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()  # so that a killed process loses at most the line it is writing
-
-
-def _read(path: Path) -> tuple[dict[str, Any] | None, list[Sample], int]:
-    """Return a samples file's header, its samples and the length in bytes of its whole lines."""
-    data = path.read_bytes()
-    if not data.startswith(START[: len(data)]):  # before a torn line is cut off someone else's file
-        raise RunError(
-            f"{path} is not a samples file of reftune: it begins with {data[:40]!r}. "
-            "Give another samples path."
-        )
-    whole = data.rfind(b"\n") + 1
-    header: dict[str, Any] | None = None
-    samples: list[Sample] = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if number == 1:
-                header = row
-            else:
-                samples.append(Sample(**row))
-        except (ValueError, TypeError) as error:
+def _check_samples(
+    path: Path, samples: Sequence[Sample], job: _Job, task: Task, engine: Engine
+) -> None:
+    """Raise RunError where an earlier sample had another adapter or prompt than it would now."""
+    for sample in samples:
+        if sample.adapter != job.adapter(sample.index):
             raise RunError(
-                f"{path}, line {number} is not a {'header' if number == 1 else 'sample'} of "
-                f"reftune: {line[:60]!r}. Give another samples path, or remove the file."
-            ) from error
-    return header, samples, whole
-
-
-def _resume(
-    path: Path,
-    header: dict[str, Any],
-    task: Task,
-    engine: Engine,
-    n: int,
-    names: list[str | None] | None,
-) -> dict[int, Sample]:
-    """Return the samples of an earlier run and cut a torn last line off the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return {}
-    found, samples, whole = _read(path)
-    if found is not None:
-        _check_header(path, found, header)
-    done = {sample.index: sample for sample in samples if sample.index < n}
-    for index, sample in done.items():
-        adapter = None if names is None else names[index]
-        if sample.adapter != adapter:
-            raise RunError(
-                f"{path}: example {index} was generated with adapter {sample.adapter!r}, now it is "
-                f"{adapter!r}. Give another samples path, or remove the file."
+                f"{path}: example {sample.index} was generated with adapter {sample.adapter!r}, "
+                f"now it is {job.adapter(sample.index)!r}. Give another samples path, or remove "
+                "the file."
             )
-        if sample.prompt != _prompt_text(task.example(index), engine, task):
+        if sample.prompt != _prompt_text(task.example(sample.index), engine, task):
             raise RunError(
-                f"{path}: example {index} had another prompt ({sample.where}); the data changed. "
-                "Give another samples path, or remove the file."
+                f"{path}: example {sample.index} had another prompt ({sample.where}); the data "
+                "changed. Give another samples path, or remove the file."
             )
-    with path.open("r+b") as file:
-        file.truncate(whole)
-    return done
-
-
-def _check_header(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    keys = [key for key in wanted if found.get(key) != wanted[key]]
-    if keys:
-        differences = "; ".join(f"{k}: {found.get(k)!r}, now {wanted[k]!r}" for k in keys)
-        raise RunError(
-            f"{path} belongs to another evaluation ({differences}). Give another samples path, "
-            "or remove the file."
-        )

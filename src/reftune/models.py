@@ -88,7 +88,7 @@ def load_model(
         )
     except (OSError, ValueError) as error:  # ValueError: a directory without known files
         raise RunError(f"The model {name!r} cannot be loaded: {error}") from error
-    _ensure_pad_token(tokenizer, name)
+    ensure_pad_token(tokenizer, name)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if device is not None:
@@ -125,7 +125,8 @@ def publish(target: Path, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Let a tokenizer without a pad token pad with eos. Raises RunError where it has neither."""
     if tokenizer.pad_token is not None:
         return
     if tokenizer.eos_token is None:

@@ -4,7 +4,7 @@ runs/NAME/
   config.yaml     as resolved: every key
   log.jsonl       what was logged at each step
   checkpoints/    to resume from
-  adapter/        a PEFT adapter directory with its model card
+  adapter/        a PEFT adapter directory with its model card (or weights: see `methods`)
   samples/        every generation of the evaluation
   results.json    all numbers
   loss.png        where matplotlib is installed
@@ -17,44 +17,45 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
-from reftune import evaluate
+from reftune import classify, evaluate
 from reftune.callbacks import CHECKPOINTS, Progress
+from reftune.callbacks import Reporter as Reporter
 from reftune.card import model_card
-from reftune.config import ReftConfig
-from reftune.errors import ReftConfigError, RunError
+from reftune.encoder import classifier_config, load_classifier, save_classifier_config
+from reftune.errors import ReftConfigError, ReftuneError, RunError, RunInterrupted
 from reftune.generate import HFEngine
+from reftune.heldout import heldout_cross_entropy
+from reftune.methods import (
+    WEIGHTS_CONFIG,
+    as_base,
+    count_parameters,
+    load_weights,
+    read_weights_config,
+    save_weights,
+    train_weights,
+    weights_of,
+)
 from reftune.models import EMBEDDED, load_model
 from reftune.plots import plot_loss
 from reftune.settings import RunConfig, load_config
-from reftune.sources import read_examples, tokenise
-from reftune.tasks import get_task
+from reftune.sources import read_examples, tasks_of, tokenise, without_leaks
 from reftune.tokens import Collator, TokenDataset
-from reftune.train import LOG, Trained, fit, heldout_cross_entropy
+from reftune.train import LOG, Trained, fit
 
 ADAPTER = "adapter"
 RESULTS = "results.json"
 CONFIG = "config.yaml"
-# Keys of data that may differ when a run is resumed: the tokens are the same.
+# Sections that are the same when a run is resumed.
+WHAT_IS_TRAINED = ("model", "task_type", "dtype", "seed", "adapter", "data", "train", "classify")
+# Keys of data that may differ: the tokens are the same.
 HOW_DATA_IS_READ = ("cache_dir", "num_proc", "streaming")
-
-
-class Reporter(Protocol):
-    """Who is told what a run does; the command line prints it."""
-
-    def say(self, text: str) -> None:
-        """Tell one fact."""
-
-    def training(self, progress: Progress) -> None:
-        """Tell how far training is."""
-
-    def evaluating(self, what: str, done: int, total: int) -> None:
-        """Tell how far an evaluation is."""
 
 
 class Silent:
@@ -85,24 +86,34 @@ def execute(
     resume: bool = False,
     overwrite: bool = False,
     reporter: Reporter | None = None,
+    base_scores: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train, save and evaluate a run; return what `results.json` holds.
 
-    Raises RunError where its directory holds another run, nothing can be resumed, or Ctrl-C ended
-    training; ReftConfigError and DataError for what the config names.
+    With `base_scores`, {task: result}, the base model is not evaluated again.
+
+    Raises RunError where its directory holds another run or nothing can be resumed, RunInterrupted
+    where Ctrl-C ended training; ReftConfigError and DataError for what the config names.
     """
     reporter = reporter or Silent()
     directory = config.directory
     _prepare(config, resume, overwrite)
-    examples = read_examples(config)
+    if config.task_type == "seq_cls":
+        return _classify(config, resume, reporter)
+    examples, heldout_examples = read_examples(config)
+    examples, notes = without_leaks(config, examples)
+    for note in notes:
+        reporter.say(note)
     reporter.say(f"Loading {config.model}")
     loaded = _attach(config)
-    train, heldout = tokenise(config, examples, loaded.tokenizer)
-    trainable, total = loaded.model.get_nb_trainable_parameters()
+    train, heldout = tokenise(config, (examples, heldout_examples), loaded.tokenizer)
+    trainable, of_base = count_parameters(loaded.model)
     results: dict[str, Any] = {
         "name": config.name,
+        "method": config.method,
+        "seed": config.seed,
         "parameters": trainable,
-        "percent": 100 * trainable / (total - trainable),
+        "percent": 100 * trainable / of_base,
         "examples": len(train),
     }
     reporter.say(
@@ -110,18 +121,31 @@ def execute(
         f"{len(train)} examples, {sum(train.lengths):,} tokens"
     )
     _train(config, loaded, train, heldout, results, resume, reporter)
-    # Until now it names the directory that the base was loaded from.
-    loaded.model.peft_config["default"].base_model_name_or_path = loaded.base
-    save_adapter(loaded.model, directory / ADAPTER)
+    save_adapter(loaded.model, directory / ADAPTER, loaded.base)
     reporter.say(f"Saved the adapter to {directory / ADAPTER}")
     wanted = config.evaluate
-    results["tasks"] = evaluate.run_all(
-        [get_task(n, config.data.data_dir or ".", limit=wanted.limit) for n in wanted.tasks],
+    scores = evaluate.run_all(
+        tasks_of(config),
         HFEngine(loaded.model, loaded.tokenizer, wanted.batch_size),
-        base=wanted.base,
+        base=wanted.base and base_scores is None,
         samples=directory / "samples",
         progress=reporter.evaluating,
     )
+    known = base_scores or {}
+    results["tasks"] = {
+        task: ({"base": dict(known[task])} if task in known else {}) | found
+        for task, found in scores.items()
+    }
+    results["versions"] = versions()
+    _finish(config, loaded, results, reporter)
+    return results
+
+
+def _classify(config: RunConfig, resume: bool, reporter: Reporter) -> dict[str, Any]:
+    """Do for a classifier what `execute` does."""
+    trained, results = classify.run(config, resume, reporter, _train_results)
+    loaded = Loaded(trained.model, trained.tokenizer, _base_name(config))
+    save_adapter(loaded.model, config.directory / ADAPTER, loaded.base)
     results["versions"] = versions()
     _finish(config, loaded, results, reporter)
     return results
@@ -142,6 +166,10 @@ def load_adapter(
     import peft
 
     where = adapter_directory(path)
+    if (Path(where) / WEIGHTS_CONFIG).is_file():
+        base = base or read_weights_config(Path(where))["base_model_name_or_path"]
+        model, tokenizer = _load_base(where, base, dtype, device)
+        return Loaded(load_weights(model, Path(where)), tokenizer, base)
     try:
         config = peft.PeftConfig.from_pretrained(str(where))
     except ValueError as error:
@@ -152,10 +180,21 @@ def load_adapter(
     base = base or config.base_model_name_or_path
     if not base:
         raise RunError(f"{where} does not say which model it is for; name it with --model.")
-    by_hub_name = {hub: embedded for embedded, (_, hub) in EMBEDDED.items()}
-    model, tokenizer = load_model(by_hub_name.get(base, base), dtype, device)  # type: ignore[arg-type]
+    model, tokenizer = _load_base(where, base, dtype, device)
     adapted = peft.PeftModel.from_pretrained(model, str(where), adapter_name=name)
     return Loaded(adapted, tokenizer, base)
+
+
+def _load_base(adapter: Path | str, base: str, dtype: Any, device: str | None) -> tuple[Any, Any]:
+    """Load a causal model, or the encoder of a classifier, whose adapter has a config of its own.
+
+    The embedded model is taken for its Hub name: it needs no Hub.
+    """
+    base = {hub: embedded for embedded, (_, hub) in EMBEDDED.items()}.get(base, base)
+    settings = classifier_config(adapter)
+    if settings is None:
+        return load_model(base, dtype, device)
+    return load_classifier(base, settings, dtype, device)
 
 
 def _unfinished(path: Path) -> str:
@@ -167,7 +206,8 @@ def _unfinished(path: Path) -> str:
 def adapter_directory(path: str | Path) -> Path | str:
     """Return the adapter in a run's directory, else the path (or Hub name) itself."""
     inside = Path(path) / ADAPTER
-    return inside if (inside / "adapter_config.json").is_file() else path
+    known = ("adapter_config.json", WEIGHTS_CONFIG)
+    return inside if any((inside / name).is_file() for name in known) else path
 
 
 def template_of(path: str | Path) -> str:
@@ -179,12 +219,18 @@ def template_of(path: str | Path) -> str:
     return "auto"
 
 
-def save_adapter(model: Any, directory: Path) -> None:
-    """Save a `PeftModel`'s adapter so that the directory is whole or as it was before."""
+def save_adapter(model: Any, directory: Path, base: str) -> None:
+    """Save what was trained so that the directory is whole or as it was before."""
     part = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    # Embeddings are never trained here; to find that out PEFT would ask the Hub for the base.
-    model.save_pretrained(str(part), save_embedding_layers=False)
+    if weights_of(model) is not None:
+        save_weights(model, part, base)
+    else:
+        # Until now it names the directory that the base was loaded from.
+        model.peft_config["default"].base_model_name_or_path = base
+        # Embeddings are never trained here; to find that out PEFT would ask the Hub for the base.
+        model.save_pretrained(str(part), save_embedding_layers=False)
+    save_classifier_config(model, part)
     replace_directory(part, directory)
 
 
@@ -262,7 +308,7 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
     changed = [
         f"{section}.{key}" if isinstance(value, dict) else section
         for section, value in now.items()
-        if section in ("model", "dtype", "seed", "adapter", "data", "train")
+        if section in WHAT_IS_TRAINED
         for key in (value if isinstance(value, dict) else [section])
         if not (section == "data" and key in HOW_DATA_IS_READ)
         if (value[key] if isinstance(value, dict) else value)
@@ -275,6 +321,10 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
         )
 
 
+def _base_name(config: RunConfig) -> str:
+    return EMBEDDED[config.model][1] if config.model in EMBEDDED else config.model
+
+
 def _attach(config: RunConfig) -> Loaded:
     import peft
     from transformers import set_seed
@@ -282,9 +332,17 @@ def _attach(config: RunConfig) -> Loaded:
     model, tokenizer = load_model(
         config.model, config.dtype, attn_implementation=config.attn_implementation
     )
-    base = EMBEDDED[config.model][1] if config.model in EMBEDDED else config.model
+    base = _base_name(config)
     set_seed(config.seed)
-    return Loaded(peft.get_peft_model(model, config.reft_config()), tokenizer, base)
+    adapter = config.peft_config()
+    if adapter is None:
+        return Loaded(train_weights(model, config.method), tokenizer, base)
+    try:
+        return Loaded(peft.get_peft_model(model, adapter), tokenizer, base)
+    except ReftuneError:
+        raise
+    except ValueError as error:
+        raise ReftConfigError(f"{config.method} does not fit {config.model}: {error}") from error
 
 
 def _train(
@@ -310,22 +368,23 @@ def _train(
         resume=resume,
         on_progress=reporter.training,
     )
-    if trained.interrupted:
-        raise RunError(
-            f"Training was interrupted at step {trained.steps}; a checkpoint is in "
-            f"{directory / CHECKPOINTS}. Go on with: reftune train --resume {directory / CONFIG}"
-        )
-    results["train"] = _train_results(trained)
+    results["train"] = _train_results(trained, directory)
     if heldout is not None and trained.heldout_loss is not None:
-        with loaded.model.disable_adapter():
+        with as_base(loaded.model):
             base = heldout_cross_entropy(loaded.model, heldout, collator, config.train.batch_size)
         results["heldout"] = {"n": len(heldout), "base": base, "adapter": trained.heldout_loss}
 
 
-def _train_results(trained: Trained) -> dict[str, Any]:
+def _train_results(trained: Trained, directory: Path) -> dict[str, Any]:
+    if trained.interrupted:
+        raise RunInterrupted(
+            f"Training was interrupted at step {trained.steps}; a checkpoint is in "
+            f"{directory / CHECKPOINTS}. Go on with: reftune train --resume {directory / CONFIG}"
+        )
     return {
         "loss": trained.loss,
         "steps": trained.steps,
+        "shortcuts": list(trained.shortcuts),
         "seconds": round(trained.seconds, 1),
         "tokens_per_second": round(trained.tokens / max(trained.seconds, 1e-9), 1),
     }
@@ -333,9 +392,7 @@ def _train_results(trained: Trained) -> dict[str, Any]:
 
 def _finish(config: RunConfig, loaded: Loaded, results: dict[str, Any], reporter: Reporter) -> None:
     directory = config.directory
-    adapter = loaded.model.peft_config["default"]
-    assert isinstance(adapter, ReftConfig)
-    write_text(directory / ADAPTER / "README.md", model_card(config, adapter, results))
+    write_text(directory / ADAPTER / "README.md", model_card(config, loaded.base, results))
     write_text(directory / RESULTS, json.dumps(results, indent=2) + "\n")
     if importlib.util.find_spec("matplotlib") is None:
         reporter.say("No loss.png: matplotlib is not installed (pip install 'reftune[plots]')")

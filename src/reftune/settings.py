@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from peft import PeftConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model
 
 from reftune.config import ReftConfig
 from reftune.errors import PositionError, ReftConfigError, did_you_mean
+from reftune.interventions import METHODS
+from reftune.methods import BASELINES, WEIGHT_METHODS, peft_config, settings_of
 from reftune.models import DType
 from reftune.prompts import LongPrompts, TemplateName
+from reftune.tasks.leaks import LeakRule
 from reftune.train import TrainSettings
 
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +37,25 @@ def _adapter_settings() -> type[BaseModel]:
 
 
 AdapterSettings = _adapter_settings()
+BaselineSettings: Mapping[str, type[BaseModel]] = {name: settings_of(name) for name in BASELINES}
+
+
+def _kind(values: Any) -> str:
+    """Return which model reads a section `adapter`: "reft", or the name of a baseline."""
+    found = values.get("method") if isinstance(values, Mapping) else values.method
+    return found if isinstance(found, str) and found in BASELINES else "reft"
+
+
+# Union[...] of what is only known at run time: | does not make it.
+AnySettings: Any = Annotated[
+    Union[
+        (
+            Annotated[AdapterSettings, Tag("reft")],
+            *(Annotated[model, Tag(name)] for name, model in BaselineSettings.items()),
+        )
+    ],
+    Discriminator(_kind),
+]
 
 
 class DataSettings(BaseModel):
@@ -48,7 +71,15 @@ class DataSettings(BaseModel):
     heldout_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the training data to hold out instead"
     )
-    data_dir: str | None = Field(None, description="folder of task data, in LLM-Adapters' layout")
+    data_dir: str | None = Field(
+        None,
+        description="folder of task data, in LLM-Adapters' layout; null or 'hub': the Hub's own",
+    )
+    leaks: LeakRule = Field(
+        "refuse",
+        description="training data with questions that evaluate.tasks ask; drop: not to train on "
+        "them",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="our column names to the data's, e.g. {prompt: question}"
     )
@@ -76,10 +107,32 @@ class EvaluateSettings(BaseModel):
     model_config = _FROZEN
 
     tasks: list[str] = Field(default_factory=list, description="names of tasks")
+    split: Literal["test", "validation"] = Field(
+        "test", description="validation: training rows held out, to tune settings on"
+    )
+    decoding: Literal["published", "greedy", "sampling"] = Field(
+        "published", description="published: as the paper's commands decode a task"
+    )
+    max_new_tokens: int | None = Field(None, ge=1, description="default: the task's own")
     limit: int | None = Field(None, ge=1, description="the first so many examples of each task")
     batch_size: int = Field(16, ge=1, description="prompts per batch")
     base: bool = Field(True, description="also evaluate the base model")
     show: int = Field(4, ge=0, description="replies of base and adapter shown side by side")
+
+
+class ClassifySettings(BaseModel):
+    """How a classifier is scored (task_type: seq_cls)."""
+
+    model_config = _FROZEN
+
+    protocol: Literal["paper", "plain"] = Field(
+        "paper",
+        description="paper: one part of the validation split chooses the epoch, the other is "
+        "scored; plain: the last epoch is scored on the whole",
+    )
+    head_dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout of the head; default: the model's own"
+    )
 
 
 class RunConfig(BaseModel):
@@ -89,24 +142,49 @@ class RunConfig(BaseModel):
 
     name: str = Field(description="the run's directory below output_dir", pattern=r"^\w[\w.\-]*$")
     model: str = Field("smollm2-135m", description="an embedded model, a directory or a Hub id")
+    task_type: Literal["causal_lm", "seq_cls"] = Field(
+        "causal_lm", description="seq_cls: an encoder and its head learn a set of GLUE"
+    )
     dtype: DType = Field("auto", description="of the base model's weights")
     attn_implementation: str | None = Field(None, description="as transformers names it")
     seed: int = Field(42, ge=0, description="of initialisation, data order and dropout")
     output_dir: str = Field("runs", description="where runs are kept")
-    adapter: AdapterSettings = Field(default_factory=AdapterSettings, description="see ReftConfig")  # type: ignore[valid-type]
+    adapter: AnySettings = Field(
+        default_factory=AdapterSettings,
+        description="see ReftConfig; or another method to compare with, and its own keys",
+    )
     data: DataSettings
     train: TrainSettings = Field(default_factory=TrainSettings)  # type: ignore[arg-type]
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)  # type: ignore[arg-type]
+    classify: ClassifySettings = Field(default_factory=ClassifySettings)  # type: ignore[arg-type]
 
     @property
     def directory(self) -> Path:
         """Return where the run is kept."""
         return Path(self.output_dir).expanduser() / self.name
 
+    @property
+    def method(self) -> str:
+        """Return what is trained: a method of ReFT's, or one of `methods.BASELINES`."""
+        return str(self.adapter.method)
+
     def reft_config(self) -> ReftConfig:
-        """Return the adapter's PEFT config. Raises ReftConfigError."""
-        fields = self.adapter.model_dump()  # type: ignore[attr-defined]
-        return ReftConfig(task_type="CAUSAL_LM", **fields)
+        """Return the adapter's PEFT config, of a run of ReFT. Raises ReftConfigError."""
+        config = self.peft_config()
+        assert isinstance(config, ReftConfig), self.method
+        return config
+
+    def peft_config(self) -> PeftConfig | None:
+        """Return the config that PEFT attaches; None where the base model's weights are trained.
+
+        Raises ReftConfigError.
+        """
+        fields = self.adapter.model_dump()
+        if self.method in WEIGHT_METHODS:
+            return None
+        if self.method in BASELINES:
+            return peft_config(self.method, fields, self.task_type.upper())
+        return ReftConfig(task_type=self.task_type.upper(), **fields)
 
     def to_yaml(self) -> str:
         """Return every key with its value."""
@@ -118,6 +196,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ReftConfigError naming the key and what is accepted; for an unknown key, the nearest.
     """
+    values = read_yaml(path)
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return a YAML file's keys and values. Raises ReftConfigError."""
     path = Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -132,9 +218,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ReftConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ReftConfigError(f"{path} holds {type(values).__name__}, a config is keys and values.")
-    for override in overrides:
-        _override(values, override)
-    return parse_config(values, str(path))
+    return values
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
@@ -144,22 +228,32 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
     except ValidationError as error:
         raise ReftConfigError(f"{where}: " + "; ".join(_problems(error))) from error
     try:
-        config.reft_config()  # its own checks, before any model is loaded
+        if config.method not in (*METHODS, *BASELINES):
+            raise ReftConfigError(
+                f"method is {config.method!r}; accepted: {', '.join((*METHODS, *BASELINES))}."
+                + did_you_mean(config.method, [*METHODS, *BASELINES])
+            )
+        config.peft_config()  # its own checks, before any model is loaded
     except (ReftConfigError, PositionError) as error:
         raise ReftConfigError(f"{where}: adapter: {error}") from error
     return config
 
 
-def describe() -> Iterator[tuple[str, str, str, str]]:
-    """Yield (key, type, default, help) of every key, in the order of the file."""
-    yield from _describe(RunConfig, "")
+def describe(method: str = "loreft") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (key, type, default, help) of every key, in the order of the file.
+
+    The keys of `adapter` are those of `method`; all methods of ReFT have the same.
+    """
+    yield from _describe(RunConfig, "", BaselineSettings.get(method, AdapterSettings))
 
 
-def _describe(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+def _describe(
+    model: type[BaseModel], prefix: str, adapter: type[BaseModel]
+) -> Iterator[tuple[str, str, str, str]]:
     for name, field in model.model_fields.items():
-        annotation = field.annotation
+        annotation = adapter if prefix + name == "adapter" else field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from _describe(annotation, f"{prefix}{name}.")
+            yield from _describe(annotation, f"{prefix}{name}.", adapter)
             continue
         default = (
             "(required)"
@@ -176,37 +270,46 @@ def yaml_value(value: Any) -> str:
 
 def _type_name(annotation: Any) -> str:
     args = get_args(annotation)
-    if getattr(annotation, "__origin__", None) is Literal:
+    if get_origin(annotation) is Literal:
         return " | ".join(map(str, args))
-    if args and "|" in str(annotation):
+    if get_origin(annotation) in (Union, UnionType):
         return " | ".join(_type_name(a) for a in args)
     if annotation is type(None):
         return "null"
     return annotation.__name__ if isinstance(annotation, type) and not args else str(annotation)
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def apply_override(values: dict[str, Any], text: str) -> None:
+    """Set what "train.learning_rate=1e-3" says. Raises ReftConfigError."""
     key, equals, value = text.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.split(".")):
         raise ReftConfigError(
             f"{text!r} is no override; accepted is key=value, e.g. train.learning_rate=1e-3."
         )
-    at = values
-    for part in parts[:-1]:
-        at = at.setdefault(part, {})
-        if not isinstance(at, dict):
-            raise ReftConfigError(f"{text!r}: {part!r} is a value, it has no keys below it.")
     try:
-        at[parts[-1]] = yaml.safe_load(value)
+        set_key(values, key, yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise ReftConfigError(f"{text!r}: {value!r} is not a YAML value: {error}") from error
 
 
+def set_key(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key such as "train.learning_rate", making its section. Raises ReftConfigError."""
+    at, (*sections, last) = values, key.split(".")
+    for part in sections:
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            raise ReftConfigError(f"{key!r}: {part!r} is a value, it has no keys below it.")
+    at[last] = value
+
+
 def _problems(error: ValidationError) -> Iterator[str]:
-    keys = [row[0] for row in describe()]
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        place = [str(part) for part in problem["loc"]]
+        method = "loreft"
+        if place[0] == "adapter" and len(place) > 1:
+            method = place.pop(1)  # which of the sections `adapter` was meant
+        keys = [row[0] for row in describe(method)]
+        key = ".".join(place)
         if problem["type"] == "extra_forbidden":
             near = did_you_mean(key, keys) or did_you_mean(
                 key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys]

@@ -12,8 +12,8 @@ from reftune.data import iter_examples, iter_rows
 from reftune.errors import ReftConfigError
 from reftune.prompts import Example
 from reftune.settings import RunConfig
-from reftune.tasks.commonsense import NAMES as COMMONSENSE
-from reftune.tasks.commonsense import training_examples
+from reftune.tasks import TASKS, Split, Task, get_task, template_of, training_examples
+from reftune.tasks.leaks import look_for_leaks
 from reftune.token_store import Examples
 from reftune.tokens import TokenDataset
 
@@ -27,6 +27,7 @@ def read_examples(config: RunConfig) -> tuple[Examples, Examples | None]:
     tasks' mixtures and .json files are read row by row.
     """
     data = config.data
+    _check_template(config)
     train = _examples(config, data.train, "train", data.limit)
     if next(iter(train), None) is None:
         raise ReftConfigError(f"data.train={data.train!r} holds no examples.")
@@ -35,6 +36,35 @@ def read_examples(config: RunConfig) -> tuple[Examples, Examples | None]:
         for part in filter(None, (train, heldout)):
             _ = part.digest  # a wrong row is named before a model is loaded
     return train, heldout
+
+
+def tasks_of(config: RunConfig) -> list[Task]:
+    """Return the tasks that are evaluated. Raises ReftConfigError, DataError."""
+    wanted, data_dir = config.evaluate, config.data.data_dir
+    how = (wanted.split, wanted.limit, wanted.decoding, wanted.max_new_tokens)
+    return [get_task(name, data_dir, *how) for name in wanted.tasks]
+
+
+def without_leaks(config: RunConfig, train: Examples) -> tuple[Examples, list[str]]:
+    """Return the examples to train on, and notes on questions that will be evaluated among them.
+
+    The whole of each task is looked at, whatever `evaluate.limit`; streamed data is not looked at.
+
+    Raises:
+        DataError: too many are shared, and `data.leaks` is "refuse".
+        ReftConfigError: a task does not exist.
+    """
+    data, wanted = config.data, config.evaluate
+    if not wanted.tasks:
+        return train, []
+    if data.streaming:
+        return train, ["Note: streamed training data is not searched for the tasks' questions."]
+    tasks = [get_task(name, data.data_dir, wanted.split) for name in wanted.tasks]
+    tests = {task.name: [task.example(i) for i in range(task.num_examples)] for task in tasks}
+    left_out, notes = look_for_leaks(train, tests, data.leaks)
+    if not left_out:
+        return train, notes
+    return Examples(lambda: (e for i, e in enumerate(train) if i not in left_out)), notes
 
 
 def tokenise(
@@ -73,12 +103,12 @@ def _examples(
 ) -> Examples:
     data = config.data
     names = [sources] if isinstance(sources, str) else list(sources)
-    tasks = [name for name in names if name in COMMONSENSE and not Path(name).exists()]
+    tasks = _tasks(names)
     mixture: list[Example] = []
     if tasks:
-        if data.data_dir is None:
-            raise ReftConfigError(f"data.train names tasks ({tasks}); give their data.data_dir.")
-        mixture = training_examples(data.data_dir, tasks, seed=config.seed)
+        mixture = training_examples(
+            tasks, data.data_dir, seed=config.seed, split=_split(config, split)
+        )
 
     def read() -> Iterator[Example]:
         yield from mixture
@@ -89,3 +119,31 @@ def _examples(
                 yield from iter_examples(rows, data.columns, data.system)
 
     return Examples(lambda: islice(read(), limit))
+
+
+def _tasks(names: str | Sequence[str] | None) -> list[str]:
+    """Return which of the names are tasks, and not files or data sets."""
+    listed = [names] if isinstance(names, str) else list(names or ())
+    return [n for n in listed if n in TASKS and n != "demo" and not Path(n).exists()]
+
+
+def _split(config: RunConfig, part: str) -> Split:
+    """Return what of a task's rows is trained on, or held out.
+
+    Training has them all, as the paper's; without the validation rows where these are looked at.
+    """
+    if part == "heldout":
+        return "validation"
+    tuning = config.evaluate.split == "validation" or _tasks(config.data.heldout)
+    return "fit" if tuning else "train"
+
+
+def _check_template(config: RunConfig) -> None:
+    """Raise ReftConfigError if tasks would be trained on with other prompts than they have."""
+    tasks = _tasks(config.data.train)
+    if tasks and (own := template_of(tasks)) != config.data.template:
+        raise ReftConfigError(
+            f"data.template is {config.data.template!r}, and {', '.join(tasks)} have prompts of "
+            f"the template {own!r}: evaluated with it, an adapter must be trained with it. Set "
+            f"data.template: {own}"
+        )

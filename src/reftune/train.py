@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
@@ -21,6 +20,7 @@ from typing import Any, Literal, Protocol, final
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from safetensors.torch import load_model
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -38,9 +38,13 @@ from reftune.callbacks import (
     Watch,
     last_checkpoint,
     step_of,
+    trained_seconds,
+    weights_in,
 )
 from reftune.data import Collator, TokenDataset
 from reftune.errors import RunError
+from reftune.heldout import heldout_cross_entropy
+from reftune.methods import weights_of
 from reftune.speed.offload import left_where_they_are
 from reftune.speed.plan import Shortcuts, SpeedSettings, choose, describe, examples_to_try
 from reftune.speed.training import Step, settle, taking
@@ -96,8 +100,13 @@ class TrainSettings(SpeedSettings):
         """Return whether training runs on a GPU."""
         return self.device != "cpu" and torch.cuda.is_available()
 
-    def arguments(self, directory: Path, seed: int, num_examples: int) -> TrainingArguments:
-        """Return the arguments of transformers' Trainer for a run in `directory`."""
+    def arguments(
+        self, directory: Path, seed: int, num_examples: int, best: str | None = None
+    ) -> TrainingArguments:
+        """Return the arguments of transformers' Trainer for a run in `directory`.
+
+        With `best`, a metric, the epoch at whose end it is the highest is the result.
+        """
         return TrainingArguments(
             output_dir=str(directory / CHECKPOINTS),
             num_train_epochs=self.epochs,
@@ -126,6 +135,10 @@ class TrainSettings(SpeedSettings):
             disable_tqdm=True,
             use_cpu=self.device == "cpu",
             seed=seed,
+            eval_strategy="epoch" if best else "no",
+            label_names=["labels"],
+            load_best_model_at_end=best is not None,
+            metric_for_best_model=best,
         )
 
     def total_steps(self, num_examples: int) -> int:
@@ -148,7 +161,11 @@ class TrainSettings(SpeedSettings):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run of `fit` came to; `interrupted` runs can be resumed."""
+    """What a run of `fit` came to; `interrupted` runs can be resumed.
+
+    `seconds` and `tokens` are of all of its training, before a resume, too; `shortcuts` are the
+    keys of `SpeedSettings` that it was found to be exact and worth it for.
+    """
 
     loss: float
     steps: int
@@ -156,6 +173,21 @@ class Trained:
     tokens: int
     interrupted: bool
     heldout_loss: float | None
+    best_step: int | None = None
+    best_value: float | None = None
+    shortcuts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which epoch's end is kept: the first where `metric`, of what `compute` returns, is highest.
+
+    `compute` is given a transformers.EvalPrediction of the model's outputs and labels on `data`.
+    """
+
+    data: TrainingData
+    metric: str
+    compute: Callable[[Any], dict[str, float]]
 
 
 def fit(
@@ -169,6 +201,7 @@ def fit(
     seed: int,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    selection: Selection | None = None,
 ) -> Trained:
     """Train the adapters of a `PeftModel` (or any model's trainable parameters) in place.
 
@@ -183,23 +216,27 @@ def fit(
         )
     total = settings.total_steps(len(train))
     if checkpoint is not None and step_of(checkpoint) >= total:
-        return _trained_before(model, heldout, collator, settings, checkpoint)
+        before = _trained_before(model, heldout, collator, settings, checkpoint)
+        tokens = settings.passes(len(train)) * sum(train.lengths)
+        return replace(before, seconds=trained_seconds(directory / LOG), tokens=round(tokens))
     log_file = LogFile(directory / LOG, after_step=step_of(checkpoint))
     watch = Watch(train.lengths, total, on_progress)
     interrupt = Interrupt()
-    start = time.perf_counter()
+    best = selection.metric if selection else None
     with shortcuts(model, train, collator, settings, directory) as step:
         trainer = _Trainer(
             step,
             model=model,
-            args=settings.arguments(directory, seed, len(train)),
+            args=settings.arguments(directory, seed, len(train), best),
             train_dataset=train,
+            eval_dataset=selection.data if selection else None,
+            compute_metrics=selection.compute if selection else None,
             callbacks=[log_file, watch, interrupt, StopAtNaN(directory)],
         )
         _silence_printing(trainer)
         with interrupt.handling():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - start
+    seconds = log_file.seconds
     heldout_loss = None
     if heldout is not None and len(heldout) and not interrupt.asked:
         heldout_loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
@@ -207,9 +244,12 @@ def fit(
         loss=mean_loss(trainer.state.log_history),
         steps=trainer.state.global_step,
         seconds=seconds,
-        tokens=watch.tokens,
+        tokens=round((trainer.state.epoch or 0.0) * sum(train.lengths)),
         interrupted=interrupt.asked,
         heldout_loss=heldout_loss,
+        best_step=trainer.state.best_global_step if selection else None,
+        best_value=trainer.state.best_metric if selection else None,
+        shortcuts=tuple(step.taken),
     )
 
 
@@ -260,32 +300,18 @@ def _trained_before(
     checkpoint: Path,
 ) -> Trained:
     """Take the result of a run whose training had ended, and whose evaluation had not."""
-    model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
+    best = state.get("best_global_step")
+    where = checkpoint if best is None else checkpoint.with_name(f"checkpoint-{best}")
+    if weights_of(model) is None:
+        model.load_adapter(str(where), model.active_adapter, is_trainable=True)
+    else:
+        load_model(model, weights_in(where))
     loss = None
     if heldout is not None and len(heldout):
         loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
-    return Trained(mean_loss(state["log_history"]), step_of(checkpoint), 0.0, 0, False, loss)
-
-
-def heldout_cross_entropy(
-    model: Any, data: TokenDataset, collator: Collator, batch_size: int
-) -> float:
-    """Return the mean cross-entropy (nats per completion token) of a model on a data set."""
-    was_training, total, count = model.training, 0.0, 0
-    model.eval()
-    order = sorted(range(len(data)), key=lambda i: -data.lengths[i])
-    try:
-        with torch.inference_mode():
-            for at in range(0, len(order), batch_size):
-                rows = [data[i] for i in order[at : at + batch_size]]
-                batch = {k: t.to(model.device) for k, t in collator(rows).items()}
-                n = int((batch["labels"][:, 1:] != -100).sum())
-                total += float(model(**batch).loss) * n
-                count += n
-    finally:
-        model.train(was_training)
-    return total / max(count, 1)
+    steps, value = step_of(checkpoint), state.get("best_metric")
+    return Trained(mean_loss(state["log_history"]), steps, 0.0, 0, False, loss, best, value)
 
 
 def _silence_printing(trainer: Trainer) -> None:

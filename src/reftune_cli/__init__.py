@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from reftune_cli.serve import register as register_serve
+
 app = typer.Typer(
     name="reftune",
     help="Representation finetuning (ReFT) of language models: train, evaluate, generate, chat.",
@@ -60,9 +62,53 @@ def train(
 
 
 @app.command()
+def experiment(
+    config: Annotated[Path, typer.Argument(help="the experiment's YAML: a run's, and more")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="keys to change in every cell: data.limit=64 name=second"),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="seeds of each cell: 42,43,44")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="folder of task data")] = None,
+    jobs: Annotated[int, typer.Option(help="cells at a time", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the cells")] = False,
+) -> None:
+    """Train and evaluate methods, settings and seeds; finished cells are not run again."""
+    with reported_errors():
+        from reftune_cli.experiments import open_experiment, run_and_show, show_cells
+
+        found = open_experiment(config, overrides or [], seeds, data_dir)
+        if dry_run:
+            show_cells(found)
+        elif not run_and_show(found, jobs):
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="a run's directory, or an experiment's")],
+    out: Annotated[Path | None, typer.Option(help="folder to write to; default: there")] = None,
+    peft_json: Annotated[
+        Path | None,
+        typer.Option(help="also write each run in the schema of PEFT's comparison, to this folder"),
+    ] = None,
+) -> None:
+    """Write tables and pictures of finished runs: report.md, and report.html in one file."""
+    with reported_errors():
+        from reftune_cli.experiments import write_reports
+
+        write_reports(directory, out, peft_json)
+
+
+@app.command()
 def evaluate(
-    adapter: AdapterArgument,
-    tasks: Annotated[str, typer.Option(help="task names with commas between: boolq,ARC-Easy")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="one, or several for one pass: ADAPTER or NAME=ADAPTER"),
+    ],
+    tasks: Annotated[
+        str | None, typer.Option(help="task names with commas between: boolq,ARC-Easy")
+    ] = None,
     data_dir: Annotated[str, typer.Option(help="folder of task data")] = ".",
     limit: Annotated[int | None, typer.Option(help="first so many examples", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="prompts per batch", min=1)] = 16,
@@ -72,17 +118,34 @@ def evaluate(
     ] = None,
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
+    lm_eval: Annotated[str | None, typer.Option(help="tasks of lm-eval, instead of ours")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="examples in a prompt (lm-eval)")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="the model's own (lm-eval)")
+    ] = False,
+    include_path: Annotated[str | None, typer.Option(help="folder of task YAMLs (lm-eval)")] = None,
 ) -> None:
-    """Evaluate an adapter, and its base model, on tasks."""
+    """Evaluate adapters, and their base model, on tasks."""
     with reported_errors():
+        from reftune.errors import ReftConfigError
         from reftune_cli.console import ConsoleReporter, evaluate_adapter, show_scores
+        from reftune_cli.evaluation import evaluate_lm_eval, evaluate_several, show_lm_eval
 
+        if (tasks is None) == (lm_eval is None):
+            raise ReftConfigError("Give either --tasks or --lm-eval: names with commas between.")
+        names = [name.strip() for name in (tasks or lm_eval or "").split(",")]
+        common = (limit, batch_size, base, out, model, dtype)
         with ConsoleReporter() as reporter:
-            names = [name.strip() for name in tasks.split(",")]
-            results = evaluate_adapter(
-                adapter, names, data_dir, limit, batch_size, base, out, model, dtype, reporter
-            )
-        show_scores(results)
+            if lm_eval is not None:
+                if len(adapters) > 1:
+                    raise ReftConfigError("--lm-eval takes one adapter at a time.")
+                asked = (num_fewshot, chat_template, include_path)
+                found = evaluate_lm_eval(adapters[0], names, *common, *asked, reporter)
+            elif len(adapters) > 1:
+                found = evaluate_several(adapters, names, data_dir, *common, reporter)
+            else:
+                found = evaluate_adapter(adapters[0], names, data_dir, *common, reporter)
+        show_scores(found) if lm_eval is None else show_lm_eval(found)
 
 
 @app.command()
@@ -168,10 +231,13 @@ def version() -> None:
 def reported_errors() -> Iterator[None]:
     """Print reftune's own errors as a sentence; what we broke keeps its traceback."""
     _quieten()
-    from reftune.errors import ReftuneError
+    from reftune.errors import ReftuneError, RunInterrupted
 
     try:
         yield
+    except RunInterrupted as error:
+        typer.secho(str(error), err=True)
+        raise typer.Exit(130) from error
     except ReftuneError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
@@ -185,9 +251,15 @@ def _quieten() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b")
+    # Prompt tuning: ours are those of a prompt without padding, which it takes for granted.
+    warnings.filterwarnings("ignore", "Position ids are not supported", module=r"peft\b")
+    warnings.filterwarnings("ignore", "(Unsupported layer type|.*no bias term)", module=r"peft\b")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+register_serve(app)
 
 
 def main() -> None:

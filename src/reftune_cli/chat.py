@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft import PeftModel
 from rich.markup import escape
 
 from reftune.errors import ReftConfigError, ReftuneError, did_you_mean
@@ -32,6 +33,11 @@ def load_chat(
         raise ReftConfigError(f"Two adapters have the same name: {names}. Use NAME=DIRECTORY.")
     (first, path), *rest = named
     loaded = load_adapter(path, base=model, dtype=dtype, name=first)
+    if not isinstance(loaded.model, PeftModel):
+        raise ReftConfigError(
+            f"{path!r} is trained weights of its base model, which a chat cannot switch off. "
+            "Compare by: reftune generate ADAPTER PROMPT --compare"
+        )
     for name, where in rest:
         loaded.model.load_adapter(str(adapter_directory(where)), name)
     return loaded, names, template_of(adapter_directory(path))

@@ -29,6 +29,13 @@ from reftune.checkpoint import WEIGHTS, read_shapes
 from reftune.config import ReftConfig
 from reftune.errors import RunError
 from reftune.generate import HFEngine, Sampling
+from reftune.methods import (
+    WEIGHT_METHODS,
+    WEIGHTS_CONFIG,
+    WEIGHTS_FILE,
+    as_base,
+    read_weights_config,
+)
 from reftune.prompts import encode_prompt
 from reftune.run import (
     RESULTS,
@@ -79,6 +86,8 @@ class ConsoleReporter:
 
     def training(self, progress: Training) -> None:
         """Move the training bar: loss, learning rate, tokens per second, time left."""
+        if not (progress.logged or out.is_terminal):
+            return  # the log of this step comes next
         parts = []
         if progress.loss is not None:
             parts.append(f"loss {progress.loss:.4f}")
@@ -111,6 +120,9 @@ def show_results(config: RunConfig, results: Mapping[str, Any]) -> None:
         f"{trained['seconds']:.0f} s ({trained['tokens_per_second']:,.0f} tokens/s), "
         f"mean loss {trained['loss']:.4f}"
     )
+    out.print(
+        f"Shortcuts that were exact and worth it: {', '.join(trained['shortcuts']) or 'none'}"
+    )
     if "heldout" in results:
         held = results["heldout"]
         out.print(
@@ -124,16 +136,19 @@ def show_results(config: RunConfig, results: Mapping[str, Any]) -> None:
 
 
 def show_scores(tasks: Mapping[str, Any]) -> None:
-    """Print accuracies in per cent, with their standard errors."""
+    """Print scores in per cent, with their standard errors."""
     if not tasks:
         return
-    table = Table(box=box.SIMPLE_HEAD, title="accuracy, % (± standard error)", title_justify="left")
+    metrics = {score["metric"] for scores in tasks.values() for score in scores.values()}
+    title = f"{', '.join(sorted(metrics))}, % (± standard error)"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    whos = list(dict.fromkeys(who for scores in tasks.values() for who in scores))
     table.add_column("task")
-    for name in ("examples", "base", "adapter"):
-        table.add_column(name, justify="right")
+    for name in ("examples", *whos):
+        table.add_column(escape(name), justify="right")
     for name, scores in tasks.items():
-        ours = scores["adapter"]
-        table.add_row(name, str(ours["n"]), format_score(scores.get("base")), format_score(ours))
+        n = max(score["n"] for score in scores.values())
+        table.add_row(name, str(n), *(format_score(scores.get(who)) for who in whos))
     out.print(table)
 
 
@@ -148,7 +163,8 @@ def show_samples(config: RunConfig, task: str) -> None:
     table = Table(box=box.ROUNDED, show_lines=True, title=f"{task}: held-out prompts")
     for name in ("prompt", "base", "adapter"):
         table.add_column(name, ratio=1)
-    example = get_task(task, config.data.data_dir or ".", limit=config.evaluate.limit).example
+    wanted = config.evaluate
+    example = get_task(task, config.data.data_dir, wanted.split, wanted.limit).example
     for one, other in list(zip(base, ours, strict=True))[: config.evaluate.show]:
         prompt = example(one.index).prompt
         text = prompt if isinstance(prompt, str) else one.prompt
@@ -208,7 +224,7 @@ def generate_replies(
         for reply in replies:
             out.print(escape(reply))
         return
-    with loaded.model.disable_adapter():
+    with as_base(loaded.model):
         plain = [c.text.strip() for c in engine.generate(ids, sampling)]
     table = Table(box=box.ROUNDED, show_lines=True)
     for column in ("prompt", "base", "adapter"):
@@ -222,15 +238,42 @@ def show_info(adapter: str) -> None:
     """Print what an adapter is, from its config and the header of its weights alone."""
     import peft
 
-    where = adapter_directory(adapter)
-    try:
-        config = peft.PeftConfig.from_pretrained(str(where))
-    except ValueError as error:
-        raise RunError(f"{adapter!r} is no adapter: {error}") from error
-    if not isinstance(config, ReftConfig):
-        raise RunError(f"{adapter!r} is a {config.peft_type} adapter, not a ReFT.")
+    where = Path(adapter_directory(adapter))
+    weights = where / WEIGHTS
+    if (where / WEIGHTS_CONFIG).is_file():
+        weights = where / WEIGHTS_FILE
+        rows: dict[str, Any] = dict(read_weights_config(where))
+        rows["what is trained"] = WEIGHT_METHODS[rows["method"]]
+    else:
+        try:
+            config = peft.PeftConfig.from_pretrained(str(adapter_directory(adapter)))
+        except ValueError as error:
+            raise RunError(f"{adapter!r} is no adapter: {error}") from error
+        rows = _reft_rows(config) if isinstance(config, ReftConfig) else _peft_rows(config)
+    if weights.is_file():
+        shapes = read_shapes(weights)
+        count = sum(_product(shape) for shape in shapes.values())
+        edited = {key.partition(".reft.")[0] for key in shapes if ".reft." in key}
+        rows["edited layers"] = len(edited) or None
+        rows["parameters"] = f"{count:,} in {weights.stat().st_size:,} bytes"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    rows: dict[str, Any] = {
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, escape(str(value)))
+    out.print(table)
+
+
+def _peft_rows(config: Any) -> dict[str, Any]:
+    """Return what PEFT's config of an adapter that is no ReFT says."""
+    method = str(config.peft_type.value).lower()
+    left_out = ("peft_type", "base_model_name_or_path", "inference_mode", "peft_version")
+    own = {k: v for k, v in config.to_dict().items() if k not in left_out and v not in (None, {})}
+    return {"base model": config.base_model_name_or_path, "method": f"{method} (PEFT's)"} | own
+
+
+def _reft_rows(config: ReftConfig) -> dict[str, Any]:
+    """Return what an adapter's config says, by what it is called in the paper."""
+    return {
         "base model": config.base_model_name_or_path,
         "method": f"{config.method}: {(config.intervention.__doc__ or '').splitlines()[0]}",
         "rank": config.r,
@@ -241,18 +284,6 @@ def show_info(adapter: str) -> None:
         "activation": config.act_fn,
         "also trained": config.modules_to_save,
     }
-    weights = Path(where) / WEIGHTS
-    if weights.is_file():
-        shapes = read_shapes(weights)
-        count = sum(_product(shape) for shape in shapes.values())
-        rows["edited layers"] = len(
-            {key.partition(".reft.")[0] for key in shapes if ".reft." in key}
-        )
-        rows["parameters"] = f"{count:,} in {weights.stat().st_size:,} bytes"
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(name, escape(str(value)))
-    out.print(table)
 
 
 def _product(shape: tuple[int, ...]) -> int:

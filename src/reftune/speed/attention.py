@@ -6,6 +6,9 @@ the place of "sdpa" for a block.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +23,8 @@ from reftune.speed import products
 
 NAME = "reftune_sdpa"
 _PACKING = ("cu_seq_lens_k", "max_length_k", "position_ids")
+# Code that does something else where the implementation is "sdpa", by its name.
+_ASKS = re.compile(r"_attn_implementation\s*(?:==|!=|in\b|not in\b)[^\n]*[\"']sdpa[\"']")
 
 
 def attention(
@@ -68,8 +73,9 @@ def _short(
         and 1 < S <= T <= products.LONGEST
         and query.dtype == key.dtype == value.dtype
         and value.shape == key.shape
+        and len(query) == len(key)
         and (mask is not None or (causal and S == T))
-        and (mask is None or mask.shape[1] == 1)
+        and (mask is None or (mask.shape[1] == 1 and not mask.requires_grad))
         and kwargs.get("position_bias") is None
         and kwargs.get("softcap") is None
         and not torch.is_autocast_enabled("cpu")
@@ -130,7 +136,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def in_training(model: PreTrainedModel) -> Iterator[None]:
     """Use `attention` in a block where the model uses transformers' SDPA."""
     before = _implementations(model)
-    if before[""] != "sdpa" or not model._can_set_attn_implementation():
+    can_set = model._can_set_attn_implementation() and not _asks_for_sdpa(model)
+    if before[""] != "sdpa" or not can_set:
         yield
         return
     try:
@@ -138,6 +145,16 @@ def in_training(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def _asks_for_sdpa(model: PreTrainedModel) -> bool:
+    """Return whether a model masks keys by itself, say, for attention that is named "sdpa"."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    files = [sys.modules[name] for name in {type(part).__module__ for part in parts}]
+    try:
+        return any(_ASKS.search(inspect.getsource(file)) for file in files)
+    except (OSError, TypeError):  # without a source it is not known
+        return True
 
 
 def _implementations(model: PreTrainedModel) -> dict[str, str]:

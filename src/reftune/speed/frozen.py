@@ -194,18 +194,24 @@ class Frozen:
         self._others: tuple[None, ...] | None = None  # of what a layer returns, if it is a tuple
         self._is_open = False
         self._stamp = self._versions()
+        self._digests: dict[int, int] = {}  # of the tokens that an example had
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the model's forward, from a batch of `speed.batches`."""
         index, lengths = batch.pop("index"), batch.pop("lengths")
+        tokens = list(zip(index, batch.pop("digests"), strict=True))
         head_ids, head_mask = batch.pop("head_ids", None), batch.pop("head_mask", None)
         shared = batch.pop("shared", 0)
-        if self._stamp != (stamp := self._versions()):
+        stamp = self._versions()
+        # An example of that number may be another one: of a second data set, or drawn anew.
+        others = any(self._digests.get(number, one) != one for number, one in tokens)
+        if self._stamp != stamp or others:
             self._forget()
             self._stamp = stamp
         self._given = None
         device = batch["input_ids"].device
         states = self._known(index, lengths)
+        self._digests |= dict(reversed(tokens))  # what is kept is the first of a number
         if states is not None:
             self.hits += 1
             hidden = pad_sequence([s.hidden for s in states], batch_first=True)
@@ -232,6 +238,7 @@ class Frozen:
         return None
 
     def _forget(self) -> None:
+        self._digests.clear()
         if self.store is not None:
             self.store.clear()
 

@@ -26,6 +26,8 @@ from reftune.tuner import reft_layers
 
 # Configs of models that do something to their logits, by the names that transformers gives it.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# How the names of settings end that tell how far a token sees.
+_WINDOWS = ("window", "window_size", "attention_chunk_size", "local_attention")
 # In the names of settings for dropout, for skipping a layer, for a router's noise.
 _RANDOM = ("drop", "jitter", "noise")
 WORTH = 0.03
@@ -82,6 +84,7 @@ class Shortcuts:
         sharing: beginnings that examples share are computed once.
         packed: no padding, all examples in one row.
         compile: the layers are compiled.
+        whole: also the last token of an example, which predicts nothing, is an input.
         offload: the device that the layers' frozen weights visit; they stay on the host.
     """
 
@@ -93,7 +96,23 @@ class Shortcuts:
     heads: bool = False
     packed: bool = False
     compile: bool = False
+    whole: bool = False
     offload: torch.device | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of those taken, as the settings have them."""
+        kept = self.frozen is not None and self.frozen.store is not None
+        taken = {
+            "shortcuts": self.on,
+            "skip_unread": self.unread or self.padding,
+            "share_beginnings": self.sharing,
+            "reuse": kept,
+            "packing": self.packed,
+            "compile": self.compile,
+            "offload_base": self.offload is not None,
+        }
+        return [name for name, is_taken in taken.items() if is_taken]
 
 
 @dataclass(frozen=True)
@@ -242,10 +261,11 @@ def choose(
         )
     frozen, heads = None, False
     longest = int(lengths.max())
+    stretches = model.causal and _stretches(model, longest)
     may_reuse = model.causal and not packed and can_reuse(model, adapted)
     pools = model.config is not None and model.config.intervention.pools_tokens
     dropout = model.config is not None and model.config.dropout > 0
-    if settings.reuse and may_reuse and not _stretches(model, longest):
+    if settings.reuse and may_reuse and not stretches:
         worth = saved_share(model, lengths, prompt_lengths) > WORTH
         if worth or settings.reuse is True:
             store = _store(settings, folder) if epochs > 1 else None
@@ -262,6 +282,7 @@ def choose(
         heads=heads,
         packed=packed and model.causal,
         compile=compile_it,
+        whole=stretches,
         offload=device if settings.offload_base else None,
     )
 
@@ -270,14 +291,20 @@ def _stretches(model: Model, longest: int) -> bool:
     """Return whether a batch's longest example changes the rotary embedding of the others."""
     text = model.whole.config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or {}
-    trained = rotary.get("original_max_position_embeddings") or text.max_position_embeddings
-    return longest > trained and any(kind in str(rotary) for kind in ("dynamic", "longrope"))
+    kinds = [rotary, *(kind for kind in rotary.values() if isinstance(kind, dict))]
+    return any(
+        longest > (kind.get("original_max_position_embeddings") or text.max_position_embeddings)
+        for kind in kinds
+        if any(word in str(kind.get("rope_type")) for word in ("dynamic", "longrope"))
+    )
 
 
 def _slides(model: Model, longest: int) -> bool:
-    """Return whether a sliding window is shorter than an example."""
-    window = getattr(model.whole.config.get_text_config(), "sliding_window", None)
-    return window is not None and window < longest
+    """Return whether a window, sliding or not, is shorter than an example."""
+    text = model.whole.config.get_text_config()
+    values = {**text.to_dict(), "sliding_window": getattr(text, "sliding_window", None)}
+    windows = [value for name, value in values.items() if name.endswith(_WINDOWS)]
+    return any(type(window) is int and window < longest for window in windows)
 
 
 def examples_to_try(

@@ -42,6 +42,8 @@ def attention(
     """
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, _LOWEST)
+    elif mask is not None:
+        mask = mask.clamp(min=torch.finfo(mask.dtype).min)
     out: Tensor = _Attention.apply(query, key, value, mask, causal, scale, dropout)  # type: ignore[no-untyped-call]
     return out
 
@@ -64,6 +66,10 @@ class _Attention(torch.autograd.Function):
         B, H, S, D = query.shape
         k, v = (t.reshape(-1, t.shape[2], D) for t in (key, value))
         q = (query * scale).reshape(len(k), -1, S, D)
+        if k.dtype.itemsize < 4:
+            # The softmax is the same of keys less any vector. What they have in common, a bias of
+            # Qwen2's, adds up to nothing in the gradient, but for its rounding.
+            k = (k - k.mean(1, keepdim=True, dtype=torch.float32)).to(k.dtype)
         out, saved = q.new_empty(q.shape), []
         for rows, columns in _blocks(S, k.shape[1], causal):
             q_i = _folded(q, rows)
@@ -79,7 +85,7 @@ class _Attention(torch.autograd.Function):
         return out.view(B, H, S, D)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         k, v, mask, *saved = ctx.saved_tensors
         B, _, S, D = grads[0].shape
@@ -124,12 +130,13 @@ def _folded(t: Tensor, rows: slice) -> Tensor:
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, causal: bool, B: int
 ) -> Tensor:
-    """Return the softmax (N, G*rows, columns) of q (N, G*rows, D), scaled, and k (N, columns, D)."""
+    """Return the softmax (N, G*rows, columns) of q (N, G*rows, D), scaled, k (N, columns, D)."""
     n, T = rows.stop - rows.start, k.shape[1]
-    s = (q @ k.mT).view(B, -1, n, T)
+    exact = _exact(q.dtype)
+    s = (q.to(exact) @ k.to(exact).mT).view(B, -1, n, T)
     if mask is not None:
         s = s + (mask if mask.shape[2] == 1 else mask[:, :, rows])
     if causal:
         later = torch.ones(n, n, dtype=torch.bool, device=s.device).triu_(1)
         s[..., rows].masked_fill_(later, torch.finfo(s.dtype).min)
-    return s.softmax(-1, dtype=_exact(q.dtype)).to(q.dtype).view(len(q), -1, T)
+    return s.softmax(-1).to(q.dtype).view(len(q), -1, T)

@@ -39,11 +39,13 @@ class Step:
         collate: makes its batches.
         frozen: gives it what was computed before, or None.
         offloaded: layers whose frozen weights stay on the host.
+        taken: names of the shortcuts it takes.
     """
 
     collate: Callable[[list[Any]], dict[str, Any]]
     frozen: Frozen | None = None
     offloaded: Sequence[nn.Module] = ()
+    taken: Sequence[str] = ()
     _open: tuple[dict[str, Any], list[int], list[int]] | None = field(default=None, repr=False)
 
     def before(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +159,8 @@ def taking(model: Model | None, shortcuts: Shortcuts, collator: Any) -> Iterator
         forward = (LabelledLoss if model.causal else ClassifierForward)(model, computed)
         stack.enter_context(forward_replaced([model.whole], lambda _: forward))
         offloaded = model.layers if shortcuts.offload is not None else ()
-        yield Step(_batches(model, shortcuts, collator), shortcuts.frozen, offloaded)
+        collate = _batches(model, shortcuts, collator)
+        yield Step(collate, shortcuts.frozen, offloaded, shortcuts.names)
 
 
 def _batches(
@@ -174,6 +177,7 @@ def _batches(
         numbered=shortcuts.frozen is not None,
         packed=shortcuts.packed,
         alike=functools.partial(edited_alike, **edit) if shortcuts.sharing else None,
+        whole=shortcuts.whole,
     )
 
 
@@ -183,11 +187,15 @@ def settle(
     """Return the shortcuts, of those chosen, that change nothing on some rows; see `difference`."""
 
     def reason(shortcuts: Shortcuts) -> str | None:
-        return difference(model, replace(shortcuts, offload=None), adapted, collator, rows)
+        shortcuts = replace(shortcuts, offload=None)
+        why = difference(model, shortcuts, adapted, collator, rows)
+        if why is None and shortcuts.heads:
+            why = difference(model, shortcuts, adapted, collator, [rows[-1], _shorter(rows[-1])])
+        return why
 
     if not chosen.on or (why := reason(chosen)) is None:
         return chosen
-    kept = Shortcuts(on=True, offload=chosen.offload)
+    kept = Shortcuts(on=True, whole=chosen.whole, offload=chosen.offload)
     if (why := reason(kept)) is not None:
         log.warning("Training takes no shortcuts with this model: %s.", why)
         return Shortcuts()
@@ -200,6 +208,13 @@ def settle(
         else:
             log.info("Training does without the shortcut %r with this model: %s.", name, why)
     return kept
+
+
+def _shorter(row: Any) -> Any:
+    """Return a row without its second token: its head begins alike, and has another length."""
+    index = torch.tensor([i for i in range(len(row["labels"])) if i != 1])
+    tokens = {k: torch.as_tensor(row[k])[index] for k in ("input_ids", "labels")}
+    return {**row, **tokens, "index": -1}
 
 
 def difference(

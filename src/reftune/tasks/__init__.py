@@ -1,69 +1,96 @@
 """Benchmarks: each family in one file, each benchmark a `Task`, found by name in `TASKS`."""
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol, TypeAlias
 
 from reftune.errors import ReftConfigError, did_you_mean
-from reftune.generate import Sampling
-from reftune.prompts import Example, TemplateName
+from reftune.prompts import Example
+from reftune.tasks.arithmetic import COT_NAME, ArithmeticTask, Gsm8kTask
+from reftune.tasks.arithmetic import NAMES as ARITHMETIC
+from reftune.tasks.base import Decoding as Decoding
+from reftune.tasks.base import FamilyTask
+from reftune.tasks.base import Split as Split
+from reftune.tasks.base import Task as Task
 from reftune.tasks.commonsense import NAMES as COMMONSENSE
 from reftune.tasks.commonsense import CommonsenseTask
 from reftune.tasks.demo import DemoTask
+from reftune.tasks.instruct import NAMES as INSTRUCT
+from reftune.tasks.instruct import InstructTask
+from reftune.tasks.labels import SETS as LABELS
+from reftune.tasks.labels import LabelTask
+from reftune.tasks.procedural import NAMES as PROCEDURAL
+from reftune.tasks.procedural import ProceduralTask
 
-
-class Task(Protocol):
-    """A set of prompts with known answers, and the rule by which a completion is right."""
-
-    @property
-    def name(self) -> str:
-        """Return the name under which `get_task` finds the task."""
-
-    @property
-    def num_examples(self) -> int:
-        """Return how many examples there are."""
-
-    @property
-    def sampling(self) -> Sampling:
-        """Return how the benchmark generates."""
-
-    @property
-    def template(self) -> TemplateName:
-        """Return the template that `encode_prompt` puts around a prompt."""
-
-    def example(self, i: int) -> Example:
-        """Return example `i`, 0 <= i < num_examples."""
-
-    def gold(self, example: Example) -> str:
-        """Return the answer that `extract` should find."""
-
-    def extract(self, text: str) -> str:
-        """Return the answer in a completion, '' if it has none."""
-
-    def score(self, example: Example, completion: str) -> float:
-        """Return 1.0 for a right completion and 0.0 for a wrong one."""
-
-
-TaskFactory: TypeAlias = Callable[[str, Path, str, int | None], Task]
-
-TASKS: Mapping[str, TaskFactory] = MappingProxyType(
-    {**dict.fromkeys(COMMONSENSE, CommonsenseTask), "demo": DemoTask}
+TASKS: Mapping[str, type[FamilyTask]] = MappingProxyType(
+    {
+        **dict.fromkeys(COMMONSENSE, CommonsenseTask),
+        **dict.fromkeys(ARITHMETIC, ArithmeticTask),
+        COT_NAME: Gsm8kTask,
+        **dict.fromkeys(INSTRUCT, InstructTask),
+        **dict.fromkeys(LABELS, LabelTask),
+        **dict.fromkeys(PROCEDURAL, ProceduralTask),
+        "demo": DemoTask,
+    }
 )
 
 
 def get_task(
-    name: str, data_dir: str | Path, split: str = "test", limit: int | None = None
+    name: str,
+    data_dir: str | Path | None = None,
+    split: Split = "test",
+    limit: int | None = None,
+    decoding: Decoding = "published",
+    max_new_tokens: int | None = None,
 ) -> Task:
-    """Return the task `name`, with the first `limit` rows of `split` under `data_dir`.
+    """Return the task `name`, with the first `limit` rows of `split`.
+
+    Rows are read below `data_dir`; without it, or "hub", from the Hub's original data set.
+    `max_new_tokens` takes the place of the task's own.
 
     Raises:
-        ReftConfigError: there is no such task.
+        ReftConfigError: there is no such task, split or decoding.
         DataError: its file is missing or has a row that does not fit.
     """
+    return _family(name)(name, data_dir, split, limit, decoding, max_new_tokens)
+
+
+def training_examples(
+    names: Sequence[str],
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 42,
+    split: Split = "train",
+) -> list[Example]:
+    """Mix what the named tasks have to train on and keep the first `limit` of the mixture.
+
+    `split` is "train", or "fit": the same without the rows of "validation", on which settings are
+    tuned. Raises ReftConfigError and DataError as `get_task` does.
+    """
+    tasks = [get_task(name, data_dir, split) for name in names]
+    examples = [task.example(i) for task in tasks for i in range(task.num_examples)]
+    random.Random(seed).shuffle(examples)
+    return examples[:limit]
+
+
+def template_of(names: Sequence[str]) -> str:
+    """Return the template that the named tasks share.
+
+    Raises:
+        ReftConfigError: there is no such task, or they have not one template.
+    """
+    templates = {name: _family(name).template for name in names}
+    if len(set(templates.values())) > 1:
+        listed = ", ".join(f"{name}: {template}" for name, template in templates.items())
+        raise ReftConfigError(f"these tasks have prompts of several templates ({listed}).")
+    return next(iter(templates.values()))
+
+
+def _family(name: str) -> type[FamilyTask]:
     if name not in TASKS:
         raise ReftConfigError(
             f"there is no task {name!r}; there are {', '.join(TASKS)}."
             + did_you_mean(name, list(TASKS))
         )
-    return TASKS[name](name, Path(data_dir), split, limit)
+    return TASKS[name]

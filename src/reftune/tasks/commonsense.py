@@ -17,15 +17,15 @@ the trigger, and a prompt's newline cannot begin it, so searching the completion
 instruction that does hold it is refused.
 """
 
-import random
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, final
+from typing import ClassVar, Final, final
 
-from reftune.data import Row, load_rows
-from reftune.errors import DataError, ReftConfigError, did_you_mean
+from reftune.data import Row
+from reftune.errors import DataError
 from reftune.generate import Sampling
 from reftune.prompts import Example, TemplateName
+from reftune.tasks.base import PAPER_SEED, FamilyTask, Split, load_examples
+from reftune.tasks.hub import to_row
 
 NAMES: Final = (
     "boolq",
@@ -41,28 +41,19 @@ TRIGGER: Final = "the correct answer is "
 
 
 @final
-class CommonsenseTask:
-    """One of the eight commonsense sets.
+class CommonsenseTask(FamilyTask):
+    """One of the eight commonsense sets; a row needs an instruction and an answer."""
 
-    Raises:
-        DataError: the file is missing, or a row lacks its instruction or answer.
-    """
+    template: ClassVar[TemplateName] = "commonsense"
+    greedy: ClassVar[Sampling] = Sampling(max_new_tokens=32)
+    sampled: ClassVar[Sampling | None] = Sampling(
+        max_new_tokens=32, temperature=0.1, top_p=0.75, top_k=40, num_beams=4, seed=PAPER_SEED
+    )
 
-    template: TemplateName = "commonsense"
-    sampling = Sampling(max_new_tokens=32)
-
-    def __init__(self, name: str, data_dir: Path, split: str, limit: int | None) -> None:
-        self.name = name
-        self._examples = load_examples(data_dir, name, split, limit)
-
-    @property
-    def num_examples(self) -> int:
-        """Return how many examples there are."""
-        return len(self._examples)
-
-    def example(self, i: int) -> Example:
-        """Return example `i`, in the file's order."""
-        return self._examples[i]
+    def _load(self, data_dir: str | Path | None, split: Split, limit: int | None) -> list[Example]:
+        return load_examples(
+            self.name, data_dir, split, limit, lambda row: _example(to_row(self.name, row))
+        )
 
     def gold(self, example: Example) -> str:
         """Return the row's answer, for instance "answer2"."""
@@ -76,44 +67,6 @@ class CommonsenseTask:
     def score(self, example: Example, completion: str) -> float:
         """Return 1.0 if the extracted text is the answer and nothing else but outer whitespace."""
         return float(self.extract(completion).strip() == self.gold(example))
-
-
-def load_examples(data_dir: Path, name: str, split: str, limit: int | None = None) -> list[Example]:
-    """Read the first `limit` examples of `data_dir/NAME/SPLIT.json`.
-
-    Raises:
-        DataError: the file is missing, or a row lacks its instruction or answer.
-    """
-    path = data_dir / name / f"{split}.json"
-    if not path.is_file():
-        raise DataError(
-            f"{path} does not exist. Put LLM-Adapters' folder dataset/{name} under {data_dir}, "
-            "or give another data_dir."
-        )
-    return [_example(row) for row in load_rows(path, limit=limit)]
-
-
-def training_examples(
-    data_dir: str | Path,
-    names: Sequence[str] = NAMES,
-    limit: int | None = None,
-    seed: int = 42,
-) -> list[Example]:
-    """Mix the training splits of the named sets and keep the first `limit` of the mixture.
-
-    Raises:
-        ReftConfigError: a name is not one of the eight.
-        DataError: a training file is missing or has a row that does not fit.
-    """
-    for name in names:
-        if name not in NAMES:
-            raise ReftConfigError(
-                f"{name!r} is no commonsense set; there are {', '.join(NAMES)}."
-                + did_you_mean(name, list(NAMES))
-            )
-    examples = [e for name in names for e in load_examples(Path(data_dir), name, "train")]
-    random.Random(seed).shuffle(examples)
-    return examples[:limit]
 
 
 def _example(row: Row) -> Example:

@@ -1,0 +1,141 @@
+"""The verb `evaluate` for several adapters at once, and for lm-eval's tasks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from reftune import evaluate
+from reftune.errors import ReftConfigError
+from reftune.generate import HFEngine
+from reftune.run import RESULTS, Reporter, adapter_directory, load_adapter, write_text
+from reftune.tasks import get_task
+from reftune_cli.chat import load_chat
+from reftune_cli.console import out
+
+LM_EVAL_RESULTS = "lm-eval.json"
+
+
+def evaluate_several(
+    adapters: Sequence[str],
+    tasks: Sequence[str],
+    data_dir: str,
+    limit: int | None,
+    batch_size: int,
+    base: bool,
+    folder: Path | None,
+    model: str | None,
+    dtype: str,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluate several adapters of one base model in one pass; see the verb `evaluate`."""
+    found = [get_task(name, data_dir, limit=limit) for name in tasks]
+    _check_one_pass(adapters, model)
+    reporter.say(f"Loading {', '.join(adapters)}")
+    loaded, names, _ = load_chat(adapters, model, dtype)
+    results = evaluate.run_all(
+        found,
+        HFEngine(loaded.model, loaded.tokenizer, batch_size),
+        base=base,
+        samples=folder / "samples" if folder else None,
+        progress=reporter.evaluating,
+        adapters=names,
+    )
+    if folder is not None:
+        write_text(folder / RESULTS, json.dumps({"tasks": results}, indent=2) + "\n")
+    return results
+
+
+def evaluate_lm_eval(
+    adapter: str,
+    tasks: Sequence[str],
+    limit: int | None,
+    batch_size: int,
+    base: bool,
+    folder: Path | None,
+    model: str | None,
+    dtype: str,
+    num_fewshot: int | None,
+    chat_template: bool,
+    include_path: str | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluate an adapter on lm-eval's tasks; see the verb `evaluate`."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ReftConfigError("lm-eval is not installed: pip install 'reftune[lm-eval]'.")
+    from lm_eval.tasks import TaskManager
+
+    from reftune.harness import ReftuneLM, run_tasks
+
+    reporter.say(f"Loading {adapter}")
+    loaded = load_adapter(adapter, base=model, dtype=dtype)
+    results = run_tasks(
+        ReftuneLM(loaded, batch_size=batch_size),
+        tasks,
+        base=base,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        chat_template=chat_template,
+        manager=TaskManager(include_path=include_path),
+        cache=folder / "lm-eval-cache" if folder else None,
+    )
+    if folder is not None:
+        write_text(
+            folder / LM_EVAL_RESULTS, json.dumps({"tasks": results}, indent=2, default=str) + "\n"
+        )
+    return results
+
+
+def show_lm_eval(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Print lm-eval's metrics, with their standard errors."""
+    table = Table(box=box.SIMPLE_HEAD, title="lm-eval (± standard error)", title_justify="left")
+    whos = list(dict.fromkeys(who for scores in results.values() for who in scores))
+    for name in ("task", "metric"):
+        table.add_column(name)
+    for who in whos:
+        table.add_column(who, justify="right")
+    for task, scores in results.items():
+        for key in scores[whos[-1]]:
+            metric, _, rule = key.partition(",")
+            if not rule or metric.endswith("_stderr"):
+                continue
+            error = f"{metric}_stderr,{rule}"
+            cells = [_format(scores[who].get(key), scores[who].get(error)) for who in whos]
+            table.add_row(escape(task), metric if rule == "none" else key, *cells)
+    out.print(table)
+
+
+def _format(value: Any, error: Any) -> str:
+    if not isinstance(value, float | int):
+        return str(value)
+    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float | int) else "")
+
+
+def _check_one_pass(adapters: Sequence[str], model: str | None) -> None:
+    """Raise ReftConfigError for adapters that no batch can mix."""
+    kinds: dict[str, str] = {}
+    for text in adapters:
+        where = adapter_directory(text.partition("=")[2] or text)
+        try:
+            config = peft.PeftConfig.from_pretrained(str(where))
+        except ValueError as error:
+            raise ReftConfigError(
+                f"{text!r} is no adapter of PEFT's format, so it cannot be evaluated in one pass "
+                f"with others: {error}. Evaluate it alone."
+            ) from error
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        kinds[text] = f"{kind} on {model or config.base_model_name_or_path}"
+    if len(set(kinds.values())) > 1:
+        raise ReftConfigError(
+            "one pass has adapters of one kind on one base model, but "
+            f"{'; '.join(f'{text} is {kind}' for text, kind in kinds.items())}. Evaluate them one "
+            "after another."
+        )

@@ -1,0 +1,76 @@
+"""The verbs for experiments: their cells as a table, and how far they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from reftune.cells import CELLS, Outcome, run_cells, status_of
+from reftune.errors import ReftConfigError
+from reftune.experiment import Experiment, load_experiment
+from reftune.peft_json import method_comparison
+from reftune.records import read
+from reftune.report import write_report
+from reftune.run import write_text
+from reftune_cli.console import ConsoleReporter, out
+
+
+def open_experiment(
+    path: Path, overrides: Sequence[str], seeds: str | None, data_dir: str | None
+) -> Experiment:
+    """Read an experiment's YAML with what the command line changes. Raises ReftConfigError."""
+    more = [f"data.data_dir={data_dir}"] if data_dir else []
+    return load_experiment(path, [*overrides, *more], _seeds(seeds))
+
+
+def run_and_show(experiment: Experiment, jobs: int) -> bool:
+    """Run an experiment's cells and print what became of them; return whether none failed."""
+    with ConsoleReporter() as reporter:
+        outcomes = run_cells(experiment, jobs=jobs, reporter=reporter)
+    show_cells(experiment, outcomes)
+    return all(outcome.status == "done" for outcome in outcomes)
+
+
+def show_cells(experiment: Experiment, outcomes: Sequence[Outcome] | None = None) -> None:
+    """Print the cells and their status; without outcomes, as they are in the directory."""
+    found = outcomes or [status_of(cell) for cell in experiment.cells]
+    table = Table(box=box.SIMPLE_HEAD, title=escape(experiment.name), title_justify="left")
+    for name in ("cell", "method", "status"):
+        table.add_column(name, overflow="fold")
+    for cell, outcome in zip(experiment.cells, found, strict=True):
+        status = outcome.status + (f": {outcome.error}" if outcome.error else "")
+        table.add_row(cell.name, cell.config.method, escape(status))
+    out.print(table)
+    done = sum(outcome.status == "done" for outcome in found)
+    out.print(f"{done} of {len(found)} cells are finished; see {experiment.directory / CELLS}")
+    if done:
+        out.print(f"Tables and pictures: reftune report {experiment.directory}")
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ReftConfigError(
+            f"--seeds is {text!r}; accepted are numbers with commas between: 42,43,44."
+        ) from error
+
+
+def write_reports(directory: Path, target: Path | None, peft_json: Path | None) -> None:
+    """Write a report, and what PEFT's method comparison reads, and say where they are."""
+    markdown, page = write_report(directory, target)
+    out.print(f"{markdown}\n{page}")
+    if peft_json is not None:
+        peft_json.mkdir(parents=True, exist_ok=True)
+        for run in read(directory).runs:
+            entry = method_comparison(run)
+            name = entry["run_info"]["experiment_name"].replace("/", "--")
+            write_text(peft_json / f"{name}.json", json.dumps(entry, indent=2) + "\n")
+        out.print(str(peft_json))

@@ -1,0 +1,298 @@
+"""Experiments: which cells there are, which are run, and what is kept of those that fail."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from reftune import cells as cells_module
+from reftune.callbacks import Progress
+from reftune.cells import Outcome, base_scores, run_cells
+from reftune.errors import ReftConfigError, RunError, RunInterrupted
+from reftune.experiment import Experiment, load_experiment
+from reftune.generate import HFEngine
+from reftune.run import Silent, execute
+from reftune.settings import load_config
+from reftune_cli import app
+from runs import tiny_run
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+]
+
+METHODS: dict[str, Any] = {
+    "loreft": {"adapter": {"method": "loreft"}, "grid": {"adapter.r": [1, 2]}},
+    "lora": {"adapter": {"method": "lora", "r": 2}, "train.learning_rate": 5e-3},
+}
+TWO = {"loreft": METHODS["loreft"]["adapter"], "lora": METHODS["lora"]["adapter"]}
+TWO = {name: {"adapter": adapter} for name, adapter in TWO.items()}
+
+
+def write(tmp_path: Path, name: str = "e", **keys: Any) -> Path:
+    """Write an experiment of tiny runs; two steps each."""
+    values = tiny_run(tmp_path, train={"max_steps": 2, "save_steps": 1}).model_dump(mode="json")
+    values["adapter"] = {"positions": "f2+l2", "r": 2}
+    values |= {"name": name, **keys}
+    del values["seed"]
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def names(experiment: Experiment) -> list[str]:
+    return [cell.name for cell in experiment.cells]
+
+
+def read_cells(experiment: Experiment) -> list[dict[str, Any]]:
+    lines = (experiment.directory / "cells.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def statuses(outcomes: list[Outcome]) -> dict[str, str]:
+    return {outcome.cell: outcome.status for outcome in outcomes}
+
+
+# --- which cells ----------------------------------------------------------------------------------
+
+
+def test_cells_are_variants_times_grid_times_seeds(tmp_path: Path) -> None:
+    path = write(tmp_path, methods=METHODS, seeds=[1, 2])
+    found = load_experiment(path)
+    assert names(found) == [
+        *("loreft-r1-s1", "loreft-r1-s2", "loreft-r2-s1", "loreft-r2-s2"),
+        *("lora-s1", "lora-s2"),
+    ]
+    assert [c.config.adapter.r for c in found.cells] == [1, 1, 2, 2, 2, 2]
+    assert {c.arm for c in found.cells} == {"loreft-r1", "loreft-r2", "lora"}
+    assert all(c.config.directory == tmp_path / "runs" / "e" / c.name for c in found.cells)
+    assert len(load_experiment(path, seeds=[7]).cells) == 3
+
+
+def test_a_variant_keeps_what_the_methods_share_and_drops_what_only_its_own_kind_has(
+    tmp_path: Path,
+) -> None:
+    methods = {"direft": {"adapter.method": "direft"}, "full": {"adapter": {"method": "full"}}}
+    direft, full = (c.config for c in load_experiment(write(tmp_path, methods=methods)).cells)
+    assert (direft.method, direft.adapter.positions, direft.adapter.r) == ("direft", "f2+l2", 2)
+    assert full.adapter.model_dump() == {"method": "full"}
+    assert direft.train == full.train
+
+
+def test_a_grid_may_list_its_points(tmp_path: Path) -> None:
+    grid = [{"adapter.r": 4, "adapter.lora_alpha": 8}, {"adapter.r": 8, "adapter.lora_alpha": 16}]
+    found = load_experiment(write(tmp_path, methods={"lora": METHODS["lora"]}, grid=grid)).cells
+    assert [(c.config.adapter.r, c.config.adapter.lora_alpha) for c in found] == [(4, 8), (8, 16)]
+    product = {"adapter.r": [1, 2], "train.learning_rate": [1e-3, 2e-3]}
+    assert names(load_experiment(write(tmp_path, grid=product))) == [
+        *("loreft-r1-lr0.001-s42", "loreft-r1-lr0.002-s42"),
+        *("loreft-r2-lr0.001-s42", "loreft-r2-lr0.002-s42"),
+    ]
+
+
+def test_overrides_win_over_variants_but_not_silently_over_the_grid(tmp_path: Path) -> None:
+    path = write(tmp_path, methods=METHODS)
+    found = load_experiment(path, ["train.learning_rate=0.5", "seeds=[3]", "name=other"])
+    assert {c.config.train.learning_rate for c in found.cells} == {0.5}
+    assert {c.seed for c in found.cells} == {3}
+    assert found.directory == tmp_path / "runs" / "other"
+    with pytest.raises(ReftConfigError, match=r"adapter\.r is in the grid"):
+        load_experiment(path, ["adapter.r=3"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"methods": {"a": {"trian": {}}}}, "Did you mean 'train'"),
+        ({"methods": {"a": {"adapter": {"method": "lora", "rank": 2}}}}, "a-s42.*adapter.rank"),
+        ({"methods": {"a/b": {}}}, "a variant is named 'a/b'"),
+        ({"grid": {"adapter.r": 4}}, "grid"),
+        ({"grid": {"adapter.rr": [4]}}, "no key 'adapter.rr'"),
+        ({"grid": [{"adapter.r": 4}, {"adapter.r": 4}]}, "two cells"),
+        ({"seeds": []}, "seeds is"),
+        ({"name": "a b"}, "name is 'a b'"),
+    ],
+)
+def test_a_wrong_experiment_says_what_is_accepted(
+    tmp_path: Path, keys: dict[str, Any], says: str
+) -> None:
+    path = write(tmp_path, **{"name": "e"})
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | keys))
+    with pytest.raises(ReftConfigError, match=says):
+        load_experiment(path)
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((Path(__file__).parent.parent / "recipes/experiments").glob("*.yaml"))
+)
+def test_recipes_are_valid(recipe: Path) -> None:
+    assert len(load_experiment(recipe, seeds=[1, 2, 3]).cells) >= 3
+
+
+# --- running them ---------------------------------------------------------------------------------
+
+
+def test_a_cell_is_an_ordinary_run_and_a_finished_one_is_not_run_again(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, methods=TWO))
+    assert set(statuses(run_cells(experiment)).values()) == {"done"}
+    cell = experiment.cells[0].config
+    alone = load_config(cell.directory / "config.yaml").model_copy(
+        update={"name": "alone", "output_dir": str(tmp_path)}
+    )
+    results = json.loads((cell.directory / "results.json").read_text())
+    again = execute(alone)
+    assert again["train"]["loss"] == results["train"]["loss"]
+    assert not (cell.directory / "checkpoints").exists()
+    before = {p: p.stat().st_mtime_ns for p in experiment.directory.rglob("results.json")}
+    assert set(statuses(run_cells(experiment)).values()) == {"done"}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    rows = read_cells(experiment)
+    assert [row["cell"] for row in rows] == names(experiment)
+    assert all(row["status"] == "done" and row["parameters"] > 0 for row in rows)
+
+
+def test_checkpoints_are_kept_where_asked(tmp_path: Path) -> None:
+    experiment = load_experiment(write(tmp_path, keep_checkpoints=True))
+    run_cells(experiment)
+    assert (experiment.cells[0].config.directory / "checkpoints").is_dir()
+
+
+def test_a_failed_cell_is_recorded_and_does_not_stop_the_rest(tmp_path: Path) -> None:
+    methods = {"bad": {"adapter": {"method": "lora", "target_modules": ["nowhere"]}}, **TWO}
+    path = write(tmp_path, methods=methods)
+    code, output = invoke("experiment", str(path))
+    assert code == 1
+    assert "nowhere" in output
+    experiment = load_experiment(path)
+    rows = read_cells(experiment)
+    assert [row["status"] for row in rows] == ["failed", "done", "done"]
+    assert "nowhere" in rows[0]["error"]
+    assert "Traceback" in (experiment.directory / "bad-s42" / "error.txt").read_text()
+    code, output = invoke("experiment", str(path), "--dry-run")
+    assert code == 0
+    assert "pending" in output
+
+
+class InterruptAt(Silent):
+    """Press Ctrl-C at a step of the n-th cell."""
+
+    def __init__(self, step: int, cell: int) -> None:
+        self.step, self.cell, self.started = step, cell, 0
+
+    def say(self, text: str) -> None:
+        self.started += text.startswith("[")
+
+    def training(self, progress: Progress) -> None:
+        if progress.step == self.step and self.started == self.cell:
+            self.cell = -1
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_stops_all_and_the_same_command_goes_on_from_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    whole = load_experiment(write(tmp_path, name="whole", methods=TWO))
+    run_cells(whole)
+    broken = load_experiment(write(tmp_path, name="broken", methods=TWO))
+    with pytest.raises(RunInterrupted, match="1 of 2 cells are finished.*same command"):
+        run_cells(broken, reporter=InterruptAt(1, cell=2))
+    rows = read_cells(broken)
+    assert [row["status"] for row in rows] == ["done", "interrupted"]
+    resumed: list[str] = []
+
+    class Watching(Silent):
+        def training(self, progress: Progress) -> None:
+            resumed.append(f"step {progress.step}")
+
+    run_cells(broken, reporter=Watching())
+    assert resumed[0] == "step 2", "the interrupted cell began with its second step"
+    for one, other in zip(whole.cells, broken.cells, strict=True):
+        a, b = (json.loads((c.config.directory / "results.json").read_text()) for c in (one, other))
+        assert a["train"]["loss"] == b["train"]["loss"]
+
+
+def test_other_settings_in_a_finished_cell_are_not_taken_for_its_results(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    run_cells(load_experiment(path))
+    with pytest.raises(RunError, match=r"other settings \(train\.learning_rate\)"):
+        run_cells(load_experiment(path, ["train.learning_rate=0.5"]))
+    with pytest.raises(RunError, match=r"evaluate\.limit"):
+        run_cells(load_experiment(path, ["evaluate.limit=3"]))
+    run_cells(load_experiment(path, ["evaluate.show=3"]))  # changes no number
+
+
+def test_the_base_model_is_evaluated_once_and_each_run_has_its_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = {"tasks": ["demo"], "limit": 2, "base": True, "show": 0}
+    path = write(tmp_path, methods=TWO, evaluate=evaluate)
+    calls: list[str] = []
+    load = cells_module._base_engine
+    monkeypatch.setattr(
+        cells_module, "_base_engine", lambda config: (calls.append(config.name), load(config))[1]
+    )
+    experiment = load_experiment(path)
+    run_cells(experiment)
+    assert len(calls) == 1
+    alone = load_config(experiment.cells[0].config.directory / "config.yaml").model_copy(
+        update={"name": "alone", "output_dir": str(tmp_path)}
+    )
+    expected = execute(alone)["tasks"]["demo"]["base"]
+    for cell in experiment.cells:
+        scores = json.loads((cell.config.directory / "results.json").read_text())["tasks"]["demo"]
+        assert set(scores) == {"base", "adapter"}
+        assert (scores["base"]["value"], scores["base"]["n"]) == (expected["value"], 2)
+        kept = (cell.config.directory / "samples" / "base" / "demo.jsonl").read_text()
+        assert completions(kept) == completions(
+            (alone.directory / "samples" / "base" / "demo.jsonl").read_text()
+        )
+    more = load_experiment(path, ["evaluate.limit=3", "name=more"])
+    assert isinstance(base_scores(more, more.cells[0].config, Silent()), dict)
+    assert len(calls) == 2, "other examples are another evaluation"
+
+
+def completions(samples: str) -> list[str]:
+    return [json.loads(line)["completion"] for line in samples.splitlines()[1:]]
+
+
+def test_cells_in_processes_give_what_one_after_another_gives(tmp_path: Path) -> None:
+    one = load_experiment(write(tmp_path, name="one", methods=TWO))
+    two = load_experiment(write(tmp_path, name="two", methods=TWO))
+    run_cells(one)
+    assert set(statuses(run_cells(two, jobs=2)).values()) == {"done"}
+    for a, b in zip(one.cells, two.cells, strict=True):
+        x, y = (json.loads((c.config.directory / "results.json").read_text()) for c in (a, b))
+        assert x["train"]["loss"] == pytest.approx(y["train"]["loss"], rel=1e-4)
+
+
+def test_the_verb_lists_and_runs_and_names_wrong_seeds(tmp_path: Path) -> None:
+    path = write(tmp_path, methods=TWO)
+    code, output = invoke("experiment", str(path), "--dry-run", "--seeds", "1,2")
+    assert code == 0
+    assert output.count("pending") == 4
+    assert not (tmp_path / "runs").exists()
+    code, output = invoke("experiment", str(path), "train.max_steps=1", "--seeds", "1")
+    assert code == 0, output
+    assert "2 of 2 cells" in output
+    code, output = invoke("experiment", str(path), "--seeds", "one")
+    assert code == 1
+    assert "42,43,44" in output
+
+
+def invoke(*args: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_the_engine_of_the_base_has_no_adapter(tmp_path: Path) -> None:
+    config = load_experiment(write(tmp_path)).cells[0].config
+    engine = cells_module._base_engine(config)
+    assert isinstance(engine, HFEngine)
+    assert not hasattr(engine.model, "peft_config")

@@ -1,0 +1,386 @@
+"""Reports: averages and differences by hand-made runs, files without anything outside of them."""
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from reftune.errors import RunError
+from reftune.paper import TABLE_17, TABLES
+from reftune.peft_json import method_comparison
+from reftune.records import (
+    average,
+    average_error,
+    compare,
+    pareto,
+    read,
+    score,
+    sign_test,
+    standard_error,
+)
+from reftune.report import write_report
+from reftune.samples import FORMAT, Sample
+from reftune.settings import parse_config
+from reftune_cli import app
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+
+TASKS = ("ARC-Easy", "boolq")
+
+
+def make_run(
+    directory: Path,
+    method: str,
+    seed: int,
+    right: dict[str, list[int]],
+    base: dict[str, list[int]],
+    parameters: int = 1000,
+    **adapter: Any,
+) -> None:
+    """Write what a run leaves behind: `right` says for each task which examples it got."""
+    values = {
+        "name": directory.name,
+        "seed": seed,
+        "output_dir": str(directory.parent),
+        "adapter": {"method": method, **adapter},
+        "data": {"train": "demo"},
+        "evaluate": {"tasks": list(right)},
+    }
+    directory.mkdir(parents=True)
+    config = parse_config(values, "test")
+    (directory / "config.yaml").write_text(config.to_yaml())
+    tasks = {}
+    for task in right:
+        scored = {"base": base[task], "adapter": right[task]}
+        tasks[task] = {who: result(task, scores) for who, scores in scored.items()}
+        for who, scores in scored.items():
+            path = directory / "samples" / who / f"{task}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"reftune_samples": FORMAT}, *map(dataclasses.asdict, samples(task, scores))]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = {
+        "name": directory.name,
+        "method": method,
+        "seed": seed,
+        "parameters": parameters,
+        "percent": 100 * parameters / 1e6,
+        "examples": 10,
+        "train": {"loss": 1.0, "steps": 4, "seconds": 10.0 + seed, "tokens_per_second": 100.0},
+        "tasks": tasks,
+        "versions": {"reftune": "0"},
+    }
+    (directory / "results.json").write_text(json.dumps(results))
+    log = [{"step": s, "loss": 2.0 / s, "learning_rate": 1e-3, "seconds": s} for s in (1, 2, 3, 4)]
+    (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+
+
+def result(task: str, scores: list[int]) -> dict[str, Any]:
+    error = statistics.stdev(scores) / math.sqrt(len(scores))
+    return {
+        "task": task,
+        "metric": "accuracy",
+        "value": statistics.fmean(scores),
+        "stderr": error,
+        "n": len(scores),
+        "seconds": 1.0,
+        "generated_tokens": 5,
+    }
+
+
+def samples(task: str, scores: list[int]) -> list[Sample]:
+    return [
+        Sample(
+            i, "x:1", None, f"<b>{task}</b> | {i}\nnext", "gold", f"reply {i}", "r", s, 1, "stop", 0
+        )
+        for i, s in enumerate(scores)
+    ]
+
+
+BASE = {"ARC-Easy": [0, 0, 0, 1], "boolq": [1, 0, 1, 0]}
+LOREFT = {
+    1: {"ARC-Easy": [1, 1, 1, 1], "boolq": [1, 0, 0, 0]},
+    2: {"ARC-Easy": [1, 1, 0, 0], "boolq": [1, 0, 1, 1]},
+}
+LORA = {"ARC-Easy": [1, 0, 0, 1], "boolq": [1, 1, 1, 0]}
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    """Return the directory of an experiment: LoReFT with two seeds, LoRA with one, one failure."""
+    folder = tmp_path / "exp"
+    cells = []
+    for name, seed, right, parameters in (
+        ("loreft", 1, LOREFT[1], 500),
+        ("loreft", 2, LOREFT[2], 500),
+        ("lora", 1, LORA, 9000),
+    ):
+        make_run(folder / f"{name}-s{seed}", name, seed, right, BASE, parameters)
+        cells.append((name, seed, "done", None))
+    cells.append(("full", 1, "failed", "RuntimeError: out of memory"))
+    rows = [
+        {"cell": f"{n}-s{s}", "variant": n, "point": {}, "seed": s, "status": w, "error": e}
+        for n, s, w, e in cells
+    ]
+    (folder / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_scores_are_means_and_deviations_over_seeds_and_averages_are_taken_within_a_seed(
+    experiment: Path,
+) -> None:
+    arms = read(experiment).arms
+    assert list(arms) == ["loreft", "lora"]
+    easy = score(arms["loreft"], "ARC-Easy")
+    assert easy == (75.0, statistics.stdev([100, 50]), 2)
+    mean = average(arms["loreft"], TASKS)
+    per_seed = [(100 + 25) / 2, (50 + 75) / 2]
+    assert mean == (62.5, statistics.stdev(per_seed), 2)
+    lora = score(arms["lora"], "boolq")
+    assert lora is not None
+    assert (lora.mean, lora.sd, lora.n) == (75.0, None, 1)
+    base = average(arms["loreft"], TASKS, "base")
+    assert base is not None
+    assert base.mean == 37.5
+
+
+def test_the_error_of_an_average_over_tasks_is_that_of_independent_sets(experiment: Path) -> None:
+    runs = read(experiment).arms["lora"]
+    errors = [standard_error(runs, task) for task in TASKS]
+    oracle = [100 * statistics.stdev(LORA[task]) / 2 for task in TASKS]
+    assert errors == pytest.approx(oracle)
+    found = average_error(runs, TASKS)
+    assert found == pytest.approx(math.sqrt(sum(e**2 for e in oracle)) / 2)
+
+
+def test_examples_won_and_lost_against_the_base_are_counted_by_their_mean_over_seeds(
+    experiment: Path,
+) -> None:
+    found = compare(read(experiment).arms["loreft"], None, "ARC-Easy")
+    assert found is not None
+    d = found.difference
+    # means over seeds: 1, 1, 0.5, 0.5 against 0, 0, 0, 1
+    assert (d.wins, d.losses, d.n) == (3, 1, 4)
+    assert d.mean == pytest.approx((1 + 1 + 0.5 - 0.5) / 4)
+    assert found.p == pytest.approx(stats.binomtest(3, 4).pvalue)
+    other = compare(read(experiment).arms["loreft"], read(experiment).arms["lora"], "boolq")
+    assert other is not None
+    # means over seeds: 1, 0, 0.5, 0.5 against 1, 1, 1, 0
+    assert (other.difference.wins, other.difference.losses) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses"), [(0, 0), (1, 0), (5, 5), (30, 12), (0, 40), (700, 610)]
+)
+def test_the_sign_test_is_scipys(wins: int, losses: int) -> None:
+    n = wins + losses
+    oracle = stats.binomtest(wins, n).pvalue if n else 1.0
+    assert sign_test(wins, losses) == pytest.approx(oracle, rel=1e-9)
+    assert sign_test(wins, losses) == sign_test(losses, wins)
+
+
+def test_the_pareto_front_is_what_nothing_beats_in_both() -> None:
+    points = {"a": (1, 30.0), "b": (2, 50.0), "c": (3, 40.0), "d": (4, 60.0), "e": (4, 55.0)}
+    front = pareto(points)
+    assert front == ["a", "b", "d"]
+    for name, (cost, value) in points.items():
+        beaten = any(c <= cost and v > value for c, v in points.values())
+        assert (name not in front) == beaten
+
+
+def test_the_papers_rows_are_consistent_with_their_averages() -> None:
+    """A digit typed wrongly moves the mean of a row away from the average the paper prints."""
+    for table in TABLES:
+        for method, row in table.scores.items():
+            own = statistics.fmean(v for task, v in row.items() if task != "average")
+            assert own == pytest.approx(row["average"], abs=0.11), (table.source, method)
+    arithmetic = [t for t in TABLES if t.source == "Table 2"]
+    for method in ("direft", "loreft"):
+        by_model = {t.model: t.scores[method]["average"] for t in arithmetic}
+        formula = TABLE_17[method]
+        assert by_model == {"LLaMA-7B": formula.llama_7b, "LLaMA-13B": formula.llama_13b}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Collect a page's tags, its text, and what it would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_is_whole_well_formed_and_loads_nothing(experiment: Path) -> None:
+    _, path = write_report(experiment)
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    pictures = [src for src in page.loads if src.startswith("data:image/png;base64,")]
+    assert len(pictures) == 3
+    assert all(base64.b64decode(p.partition(",")[2])[:4] == b"\x89PNG" for p in pictures)
+    assert all(src.startswith(("data:", "#")) for src in page.loads)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "<b>ARC-Easy</b>" not in text, "a model's text is not markup"
+    shown = " ".join(page.text)
+    for said in ("75.0 ± 35.4", "62.5", "<b>ARC-Easy</b>", "out of memory", "Beside the paper"):
+        assert said in shown, said
+
+
+def test_the_markdown_has_the_same_numbers_and_its_pictures_beside_it(
+    experiment: Path, tmp_path: Path
+) -> None:
+    path, _ = write_report(experiment, tmp_path / "out")
+    text = path.read_text()
+    links = re.findall(r"\]\((.+?)\)", text)
+    assert sorted(links) == [
+        "report/loss.png",
+        "report/score-parameters.png",
+        "report/score-seconds.png",
+    ]
+    assert all((path.parent / link).read_bytes()[:4] == b"\x89PNG" for link in links)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert any(
+        r.startswith("| loreft | 500 | 0.0500 | **75.0 ± 35.4** | 50.0 ± 35.4 |") for r in rows
+    )
+    assert "**75.0**" in text, "LoRA is best on boolq"
+    assert any(r.startswith("| base | 0 | 0 | 25.0 | 50.0 | 37.5 |") for r in rows)
+    assert "| loreft | 0.050 / 0.031 | 75.0 / 83.2 | 50.0 / 69.3 |" in text
+    for block in re.split(r"\n\n", text):
+        table = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table}) <= 1, block
+    assert not list((tmp_path / "out").rglob(".*"))
+    assert not (experiment / "report.md").exists()
+
+
+def test_a_single_run_has_a_report_and_an_empty_folder_says_what_to_give(
+    experiment: Path, tmp_path: Path
+) -> None:
+    markdown, _ = write_report(experiment / "lora-s1")
+    text = markdown.read_text()
+    assert "# lora-s1" in text
+    assert "Against the base model" in text
+    with pytest.raises(RunError, match=r"no finished run.*experiment"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_the_order_of_the_interventions_is_shown_beside_the_papers(tmp_path: Path) -> None:
+    for number, method in enumerate(("lobireft", "consreft", "loreft")):
+        right = {"ARC-Easy": [1] * (number + 1) + [0] * (3 - number)}
+        make_run(tmp_path / method, method, 1, right, {"ARC-Easy": BASE["ARC-Easy"]})
+    text = write_report(tmp_path)[0].read_text()
+    assert "| loreft | h + Rᵀ(Wh + b − Rh) | 75.0 | 1 | 42.6 | 49.6 | 1 |" in text
+    assert "| lobireft | h + Rᵀb | 25.0 | 3 | 31.3 | 39.5 | 3 |" in text
+
+
+def test_dora_is_not_taken_for_lora(tmp_path: Path) -> None:
+    right = {"ARC-Easy": [1, 1, 0, 0]}
+    make_run(tmp_path / "d", "lora", 1, right, {"ARC-Easy": BASE["ARC-Easy"]}, use_dora=True)
+    assert "50.0 / 81.4" in write_report(tmp_path / "d")[0].read_text()
+
+
+# --- PEFT's method comparison ---------------------------------------------------------------------
+
+# What method_comparison/processing.py of huggingface/peft reads, and `log_results` writes.
+SCHEMA: dict[str, Any] = {
+    "run_info": {
+        "created_at": str, "total_time": float, "experiment_name": str, "peft_branch": str,
+        "peft_worktree_is_dirty": bool, "train_config": dict, "peft_config": dict,
+        "error_msg": str,
+    },
+    "train_info": {
+        "accelerator_memory_reserved_avg": int, "accelerator_memory_max": int,
+        "accelerator_memory_reserved_99th": int, "train_time": float, "file_size": int,
+        "num_trainable_params": int, "num_total_params": int, "status": str, "metrics": list,
+    },
+    "meta_info": {
+        "model_info": dict, "dataset_info": dict, "package_info": dict, "system_info": dict,
+        "pytorch_info": str,
+    },
+}  # fmt: skip
+TRAIN_CONFIG = {
+    "model_id", "dtype", "max_seq_length", "batch_size", "batch_size_eval", "max_steps",
+    "eval_steps", "compile", "use_gc", "query_template", "seed", "grad_norm_clip",
+    "optimizer_type", "optimizer_kwargs", "lr_scheduler", "use_amp", "autocast_adapter_dtype",
+    "generation_kwargs", "attn_implementation", "init_kv_cache_prefix",
+}  # fmt: skip
+
+
+def test_a_run_is_exported_in_the_schema_of_pefts_comparison(experiment: Path) -> None:
+    adapter = experiment / "loreft-s1" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "REFT", "r": 8}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"x" * 123)
+    entry = method_comparison(read(experiment).runs[0])
+    assert json.loads(json.dumps(entry)) == entry
+    assert set(entry) == set(SCHEMA)
+    for part, keys in SCHEMA.items():
+        assert set(entry[part]) == set(keys)
+        for key, kind in keys.items():
+            assert isinstance(entry[part][key], kind), (part, key)
+    assert set(entry["run_info"]["train_config"]) == TRAIN_CONFIG
+    info = entry["train_info"]
+    assert (info["file_size"], info["num_trainable_params"]) == (123, 500)
+    assert info["num_total_params"] == 1_000_500
+    last = info["metrics"][-1]
+    assert last["test accuracy"] == pytest.approx(0.625)
+    assert {"train loss", "train samples", "train total tokens"} <= set(last)
+    assert entry["run_info"]["peft_config"]["peft_type"] == "REFT"
+
+
+def test_the_verb_writes_report_and_export(experiment: Path, tmp_path: Path) -> None:
+    target = tmp_path / "entries"
+    result = CliRunner().invoke(
+        app, ["report", str(experiment), "--peft-json", str(target)], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.output
+    assert "report.html" in result.output
+    assert sorted(p.name for p in target.iterdir()) == [
+        *("lora--lora-s1.json", "loreft--loreft-s1.json", "loreft--loreft-s2.json")
+    ]
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
+    assert result.exit_code == 1
+    assert "no finished run" in result.output
+
+
+def test_the_experiments_for_pefts_suite_are_configs_that_peft_reads() -> None:
+    import peft
+
+    from reftune.config import ReftConfig
+
+    folder = Path(__file__).parent.parent / "benchmarks" / "peft_method_comparison"
+    configs = sorted(folder.glob("experiments/reft/*/adapter_config.json"))
+    assert configs
+    for path in configs:
+        config = peft.PeftConfig.from_pretrained(str(path.parent))
+        assert isinstance(config, ReftConfig)
+        training = path.with_name("training_params.json")
+        given = json.loads(training.read_text()) if training.exists() else {}
+        assert set(given) <= TRAIN_CONFIG
