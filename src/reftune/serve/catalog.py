@@ -1,0 +1,131 @@
+"""The adapters that a server has by name, and where it may take others from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from reftune.errors import ReftConfigError
+from reftune.serve.adapter import CONFIG
+
+HUB = "hub"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@final
+@dataclass(frozen=True)
+class CatalogSettings:
+    """What `reftune serve` was told about adapters.
+
+    Attributes:
+        adapters: as `NAME=DIRECTORY` or `DIRECTORY`: an adapter, a run, or a directory of them.
+        roots: directories below which adapters may be loaded while the server runs; the word
+            "hub" allows Hub names.
+        pinned: names of adapters that are never evicted.
+    """
+
+    adapters: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+
+
+@final
+class Catalog:
+    """Adapters by name. Registering one reads nothing of it but that its config exists."""
+
+    def __init__(self, settings: CatalogSettings) -> None:
+        self.allows_hub = HUB in settings.roots
+        self.roots = [_real(root) for root in settings.roots if root != HUB]
+        self.paths: dict[str, Path] = {}
+        self.pinned = set(settings.pinned)
+        for text in settings.adapters:
+            for name, path in named_adapters(text):
+                if name in self.paths and self.paths[name] != path:
+                    raise ReftConfigError(
+                        f"Two adapters are named {name!r}: {self.paths[name]} and {path}. Name one "
+                        "of them otherwise: --adapters OTHER=DIRECTORY."
+                    )
+                self.paths[name] = path
+
+    def locate(self, given: str) -> Path:
+        """Return the directory of an adapter that is to be loaded while the server runs.
+
+        Raises ReftConfigError where it lies outside the allowed roots; links are followed first,
+        those of the files, too.
+        """
+        if self.allows_hub and not os.path.isabs(given) and _HUB_NAME.fullmatch(given):
+            return _download(given)
+        if not self.roots:
+            raise ReftConfigError(
+                "Adapters cannot be loaded while this server runs: it was started without "
+                "--adapter-roots."
+            )
+        directory = _inside(_real(given))
+        for path in (directory, *(directory / name for name in os.listdir(directory))):
+            if not any(_real(path).is_relative_to(root) for root in self.roots):
+                raise ReftConfigError(
+                    f"{given!r} is, or has a file, outside the directories that adapters may be "
+                    "loaded from (--adapter-roots)."
+                )
+        return directory
+
+
+def named_adapters(text: str) -> Iterator[tuple[str, Path]]:
+    """Yield the names and directories that an argument of --adapters stands for.
+
+    Raises ReftConfigError where there is no adapter.
+    """
+    name, separator, rest = text.partition("=")
+    if not separator or Path(text).exists():
+        name, rest = "", text
+    directory = Path(rest).expanduser()
+    if _is_adapter(directory):
+        yield name or directory.resolve().name, _inside(_real(directory))
+        return
+    found = [] if name else [path for path in _children(directory) if _is_adapter(path)]
+    if not found:
+        raise ReftConfigError(
+            f"{rest!r} is no adapter, no run and no directory of them: there is no {CONFIG} in it, "
+            "in its 'adapter' directory or one level below."
+        )
+    for path in found:
+        yield path.name, _inside(_real(path))
+
+
+def _is_adapter(path: Path) -> bool:
+    return (_inside(path) / CONFIG).is_file()
+
+
+def _inside(path: Path) -> Path:
+    """Return the adapter's directory in a run's."""
+    inside = path / "adapter"
+    return inside if (inside / CONFIG).is_file() else path
+
+
+def _children(directory: Path) -> Sequence[Path]:
+    if not directory.is_dir():
+        return []
+    entries: Iterable[os.DirEntry[str]] = os.scandir(directory)
+    return sorted(Path(entry.path) for entry in entries if entry.is_dir())
+
+
+def _real(path: str | Path) -> Path:
+    """Return a path without links. Raises ReftConfigError where it does not exist."""
+    try:
+        return Path(os.path.realpath(path, strict=True))
+    except (OSError, ValueError) as error:
+        raise ReftConfigError(f"There is no directory {str(path)!r}.") from error
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["adapter_*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise ReftConfigError(f"{name!r} cannot be had from the Hub: {error}") from error

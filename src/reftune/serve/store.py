@@ -1,0 +1,119 @@
+"""Versions of adapters: immutable copies named by their content, read and checked once.
+
+A directory may be overwritten while requests run. What is checked, hashed and later loaded is one
+copy of its bytes, so a request sees one version from its first token to its last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+import weakref
+from pathlib import Path
+from typing import final
+
+from reftune.checkpoint import WEIGHTS
+from reftune.errors import AdapterMismatchError
+from reftune.serve.adapter import CONFIG, Adapter, ModelShape, read_adapter
+
+_FILES = (CONFIG, WEIGHTS)
+_Signature = tuple[tuple[int, int, int], ...]
+
+
+@final
+class Store:
+    """Adapters by content, for one model; all methods may be called from any thread."""
+
+    def __init__(self, model: ModelShape, directory: str | None = None) -> None:
+        self.model = model
+        if directory is None:
+            self.directory = Path(tempfile.mkdtemp(prefix="reftune-serve-")).resolve()
+            self._finalizer = weakref.finalize(
+                self, shutil.rmtree, self.directory, ignore_errors=True
+            )
+        else:
+            self.directory = Path(directory).resolve()
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._versions: dict[str, Adapter] = {}
+        self._seen: dict[Path, tuple[_Signature, Adapter]] = {}
+
+    def get(self, path: str | Path) -> Adapter:
+        """Return the version of an adapter that is in a directory now.
+
+        A directory of this store is a version. Another one is read again when its files changed.
+        Raises AdapterMismatchError or ReftConfigError.
+        """
+        path = Path(os.path.abspath(path))
+        if path.parent == self.directory and path.name in self._versions:
+            return self._versions[path.name]
+        signature = _signature(path)
+        known = self._seen.get(path)
+        if known is not None and known[0] == signature:
+            return known[1]
+        adapter = self._add(path)
+        if _signature(path) == signature:  # else it changed while it was read: look again next time
+            self._seen[path] = (signature, adapter)
+        return adapter
+
+    def forget(self, path: str | Path) -> None:
+        """Read a directory again at its next use, even if its files look unchanged."""
+        self._seen.pop(Path(os.path.abspath(path)), None)
+
+    def _add(self, path: Path) -> Adapter:
+        contents = {name: _read(path / name) for name in _FILES}
+        digest = hashlib.sha256(b"".join(_framed(contents[name]) for name in _FILES)).hexdigest()
+        with self._lock:
+            if digest in self._versions:
+                return self._versions[digest]
+            target = self.directory / digest
+            if not target.is_dir():
+                scratch = self.directory / f".{digest}-{uuid.uuid4().hex}"
+                scratch.mkdir()
+                try:
+                    for name, data in contents.items():
+                        (scratch / name).write_bytes(data)
+                    _checked(scratch, path, digest, self.model)
+                    scratch.rename(target)
+                except BaseException:
+                    shutil.rmtree(scratch, ignore_errors=True)
+                    raise
+            self._versions[digest] = _checked(target, path, digest, self.model)
+            return self._versions[digest]
+
+
+def _checked(copy: Path, source: Path, digest: str, model: ModelShape) -> Adapter:
+    try:
+        return read_adapter(copy, digest, model)
+    except ValueError as error:  # ours are; the user knows the source, not the copy
+        raise type(error)(str(error).replace(str(copy), str(source))) from None
+
+
+def _signature(path: Path) -> _Signature:
+    try:
+        stats = [os.stat(path / name) for name in _FILES]
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path.parent, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> AdapterMismatchError:
+    return AdapterMismatchError(
+        f"{path} is no adapter that can be served ({error.strerror}: {error.filename}). An adapter "
+        f"is a directory with an {CONFIG} and an {WEIGHTS}; pickled weights are not read."
+    )
+
+
+def _framed(data: bytes) -> bytes:
+    return len(data).to_bytes(8, "little") + data

@@ -1,0 +1,87 @@
+"""What only a GPU runs, on stand-ins: full CUDA graphs, and the V2 model runner's state."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from serving_tiny import save_adapter
+from torch import nn
+
+from reftune.serve.adapter import ModelShape
+from reftune.serve.attach import State
+from reftune.serve.bank import Bank
+from reftune.serve.edits import Edits
+from reftune.serve.store import Store
+
+
+def test_a_step_with_edits_leaves_the_full_graph() -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import ForwardContext, override_forward_context
+
+    from reftune.serve.plugin import _leave_full_graph
+
+    for before, after in (("FULL", "NONE"), ("PIECEWISE", "PIECEWISE"), ("NONE", "NONE")):
+        context = ForwardContext({}, {}, {}, cudagraph_runtime_mode=CUDAGraphMode[before])
+        with override_forward_context(context):
+            _leave_full_graph()
+        assert context.cudagraph_runtime_mode == CUDAGraphMode[after]
+
+
+def test_the_op_is_a_splitting_op() -> None:
+    from vllm.config import CompilationConfig, CompilationMode
+
+    from reftune.serve.plugin import install
+
+    install()
+    config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE)
+    config.set_splitting_ops_for_v1("naive")
+    assert "reftune::edit" in (config.splitting_ops or [])
+    assert config.splitting_ops_contain_attention()
+
+
+def test_v2_plans_from_its_own_request_records(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A request that was preempted comes again with what it generated: its prompt is as before."""
+
+    class Base:
+        def add_request(self, req_index: int, new_req_data: Any) -> None: ...
+        def remove_request(self, req_id: str) -> None: ...
+        def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, int]:
+            return {"kept": 1}
+
+    stand_in: Any = ModuleType("model_states")
+    stand_in.resolve_model_state_cls = lambda vllm_config, model: Base
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.model_states", stand_in)
+    from reftune.serve.model_state import edited_model_state
+
+    store = Store(ModelShape(64, 3))
+    adapter = store.get(save_adapter(tmp_path / "a", 1, positions="l2"))
+    state = State(Bank(64, torch.device("cpu"), 1e9, 0))
+    runner: Any = edited_model_state(nn.Module(), None, state)()
+    extra = {"reftune": Edits.of(adapter).write()}
+    for name, params in (("edited", SimpleNamespace(extra_args=extra)), ("base", None)):
+        data = SimpleNamespace(req_id=name, sampling_params=params, prompt_token_ids=[5] * 6)
+        runner.add_request(0, data)
+
+    def step(computed: int, length: int) -> list[int]:
+        batch = SimpleNamespace(
+            req_ids=["base", "edited"],
+            query_start_loc_np=np.array([0, 3, 3 + length]),
+            num_computed_tokens_np=np.array([0, computed]),
+        )
+        assert runner.prepare_inputs(batch, None) == {"kept": 1}
+        return [] if state.plan is None else state.plan.entries[0].rows.tolist()
+
+    assert step(0, 4) == []
+    assert step(4, 2) == [3, 4]
+    assert step(6, 1) == []
+    assert step(0, 9) == [7, 8]  # recomputed with three generated tokens
+    runner.remove_request("edited")
+    assert step(0, 6) == []

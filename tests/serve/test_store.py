@@ -1,0 +1,222 @@
+"""Versions by content: what changes under a server's feet, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from serving_tiny import save_adapter
+
+from reftune.errors import AdapterMismatchError, ReftConfigError, ReftuneError
+from reftune.serve import store
+from reftune.serve.adapter import ModelShape, load_tensors
+from reftune.serve.catalog import Catalog, CatalogSettings, named_adapters
+from reftune.serve.settings import ServeSettings
+from reftune.serve.store import Store
+
+# PEFT asks transformers for what it renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+SHAPE = ModelShape(64, 3)
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return save_adapter(tmp_path / "adapter", 1, layers=[0, 2], positions="f2+l2")
+
+
+def test_a_version_is_named_by_its_content(adapter: Path, tmp_path: Path) -> None:
+    own = Store(SHAPE)
+    first = own.get(adapter)
+    assert first.layers == (0, 2)
+    copy = shutil.copytree(adapter, tmp_path / "elsewhere")
+    assert own.get(copy) is first
+    assert own.get(first.directory) is first
+    save_adapter(copy, 2, layers=[0, 2], positions="f2+l2")
+    assert own.get(copy).digest != first.digest
+    config = json.loads((copy / CONFIG).read_text())
+    before = own.get(copy)
+    (copy / CONFIG).write_text(json.dumps({**config, "positions": "f2+l3"}))
+    assert own.get(copy).digest != before.digest
+
+
+def test_what_looks_unchanged_is_read_again_when_told(adapter: Path) -> None:
+    own, stat = Store(SHAPE), (adapter / CONFIG).stat()
+    first = own.get(adapter)
+    text = (adapter / CONFIG).read_text().replace("f2+l2", "f2+l1")
+    (adapter / CONFIG).write_text(text)
+    os.utime(adapter / CONFIG, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert own.get(adapter) is first
+    own.forget(adapter)
+    assert own.get(adapter).config.positions == "f2+l1"
+
+
+def test_a_version_outlives_what_is_written_over_it(adapter: Path) -> None:
+    own = Store(SHAPE)
+    version = own.get(adapter)
+    (adapter / WEIGHTS).write_bytes(b"half of a fi")
+    with pytest.raises(AdapterMismatchError, match="cannot be read as safetensors"):
+        own.get(adapter)
+    shutil.rmtree(adapter)
+    _, layers = load_tensors(version.directory, version.config, 64)
+    assert set(layers) == {0, 2}
+    with pytest.raises(AdapterMismatchError, match="no adapter that can be served"):
+        own.get(adapter)
+
+
+def test_what_is_checked_and_hashed_is_what_is_kept(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the directory is written over while it is read."""
+    before, read = (adapter / WEIGHTS).read_bytes(), store._read
+
+    def read_and_lose(path: Path) -> bytes:
+        data = read(path)
+        path.write_bytes(b"lost")
+        return data
+
+    monkeypatch.setattr(store, "_read", read_and_lose)
+    own = Store(SHAPE)
+    version = own.get(adapter)
+    assert (version.directory / WEIGHTS).read_bytes() == before
+    monkeypatch.undo()
+    with pytest.raises(AdapterMismatchError):
+        own.get(adapter)  # and it is looked at again
+
+
+def test_a_store_goes_with_its_server(adapter: Path) -> None:
+    own = Store(SHAPE)
+    folder = own.get(adapter).directory.parent
+    assert folder.is_dir()
+    own._finalizer()
+    assert not folder.exists()
+
+
+def _without(name: str) -> Any:
+    return lambda folder: (folder / name).unlink()
+
+
+def _config(**change: Any) -> Any:
+    def write(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text()) | change
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return write
+
+
+def _tensors(change: Any) -> Any:
+    def write(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return write
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def _first(tensors: dict[str, torch.Tensor]) -> str:
+    return next(key for key in sorted(tensors) if key.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (_without(WEIGHTS), "no adapter that can be served"),
+        (_without(CONFIG), "no adapter that can be served"),
+        (_pickled, "no adapter that can be served"),
+        (lambda f: (f / CONFIG).write_text("{"), "cannot be read"),
+        (lambda f: (f / CONFIG).write_text("[]"), "cannot be read"),
+        (lambda f: (f / WEIGHTS).write_bytes(b""), "safetensors"),
+        (_config(peft_type="LORA"), "type 'LORA'"),
+        (_config(method="loreeft"), "accepted are"),
+        (_config(positions="x7"), "positions is"),
+        (_config(layers=[0, 7]), "layers 0 to 2"),
+        (_config(layers=[0, 1]), "missing tensors"),
+        (_config(target_modules=["mlp"]), "outputs of decoder layers"),
+        (_config(modules_to_save=["lm_head"]), "outputs of decoder layers"),
+        (_config(r=5), "has shape"),
+        (_tensors(lambda t: t.pop(_first(t))), "missing tensors"),
+        (_tensors(lambda t: t.update(other=torch.ones(1))), "no edit of a decoder layer"),
+        (_tensors(lambda t: t[_first(t)].fill_(float("nan"))), "not finite"),
+    ],
+)
+def test_a_broken_adapter_is_refused_with_the_reason(harm: Any, says: str, adapter: Path) -> None:
+    harm(adapter)
+    with pytest.raises(ReftuneError, match=says) as raised:
+        Store(SHAPE).get(adapter)
+    assert "reftune-serve-" not in str(raised.value)  # the user's path, not ours
+
+
+def test_an_adapter_of_another_model_is_refused(adapter: Path) -> None:
+    with pytest.raises(AdapterMismatchError, match="width 64, this one has 32"):
+        Store(ModelShape(32, 3)).get(adapter)
+    with pytest.raises(AdapterMismatchError, match="layers 0 to 1"):
+        Store(ModelShape(64, 2)).get(adapter)
+
+
+def test_names_come_from_adapters_runs_and_folders(adapter: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tea"
+    shutil.copytree(adapter, run / "adapter")
+    assert dict(named_adapters(str(adapter))) == {"adapter": adapter}
+    assert dict(named_adapters(f"mine={adapter}")) == {"mine": adapter}
+    assert dict(named_adapters(str(run))) == {"tea": run / "adapter"}
+    shutil.copytree(adapter, tmp_path / "runs" / "coffee")
+    (tmp_path / "runs" / "notes").mkdir()
+    assert dict(named_adapters(str(tmp_path / "runs"))) == {
+        "coffee": tmp_path / "runs" / "coffee",
+        "tea": run / "adapter",
+    }
+    for wrong in (
+        str(tmp_path / "nothing"),
+        f"x={tmp_path / 'runs'}",
+        str(tmp_path / "runs/notes"),
+    ):
+        with pytest.raises(ReftConfigError, match="no adapter, no run"):
+            list(named_adapters(wrong))
+    with pytest.raises(ReftConfigError, match="Two adapters are named 'tea'"):
+        Catalog(CatalogSettings((str(run), f"tea={adapter}")))
+
+
+def test_adapters_are_loaded_from_allowed_roots_only(adapter: Path, tmp_path: Path) -> None:
+    allowed, outside = tmp_path / "allowed", adapter
+    inside = shutil.copytree(adapter, allowed / "one")
+    catalog = Catalog(CatalogSettings(roots=(str(allowed),)))
+    assert catalog.locate(str(inside)) == inside
+    os.symlink(outside, allowed / "link")
+    linked = shutil.copytree(adapter, allowed / "two")
+    (linked / WEIGHTS).unlink()
+    os.symlink(outside / WEIGHTS, linked / WEIGHTS)
+    for path in (
+        outside,
+        allowed / ".." / "adapter",
+        allowed / "link",
+        linked,
+        f"{inside}/../../adapter",
+        "/etc",
+    ):
+        with pytest.raises(ReftConfigError, match="outside"):
+            catalog.locate(str(path))
+    for missing in (allowed / "none", "org/name", "a\0b"):
+        with pytest.raises(ReftConfigError, match="no directory"):
+            catalog.locate(str(missing))
+    with pytest.raises(ReftConfigError, match="without --adapter-roots"):
+        Catalog(CatalogSettings()).locate(str(inside))
+
+
+def test_settings_are_checked() -> None:
+    assert ServeSettings.read({}) is None
+    assert ServeSettings.read({"reftune": {"memory": 5}}) == ServeSettings(memory=5)
+    for wrong in ({"memry": 5}, {"memory": -1}, {"memory": "5"}, 5):
+        with pytest.raises(ReftConfigError):
+            ServeSettings.read({"reftune": wrong})
