@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, final, runtime_checkable
 
 from reftune.errors import ReftConfigError, RunError
-from reftune.generate import Completion, Engine, HFEngine
+from reftune.generate import AdapterEngine, Completion, Engine, HFEngine
 from reftune.methods import as_base
 from reftune.prompts import Example, encode_prompt, render_prompt
 from reftune.samples import (
@@ -90,7 +90,7 @@ def run(
 
 def run_adapters(
     task: Task,
-    engine: HFEngine,
+    engine: AdapterEngine,
     adapters: Mapping[str, str | None],
     *,
     limit: int | None = None,
@@ -119,7 +119,7 @@ def run_adapters(
 
 def run_all(
     tasks: Sequence[Task],
-    engine: HFEngine,
+    engine: HFEngine | AdapterEngine,
     *,
     base: bool,
     samples: Path | None,
@@ -128,9 +128,10 @@ def run_all(
 ) -> dict[str, dict[str, Any]]:
     """Evaluate tasks with adapters, and with the `base` model: {task: {who: result}}.
 
-    Without names in `adapters` the active one acts, and its who is "adapter". Several are evaluated
-    in one pass, and each is its own who. Generations go to `samples`/WHO/TASK.jsonl, from which a
-    killed evaluation goes on; `progress(what, done, total)` is called after every example.
+    Without names in `adapters` the active one of an HFEngine acts, and its who is "adapter". Named
+    ones are evaluated in one pass, and each is its own who. Generations go to
+    `samples`/WHO/TASK.jsonl, from which a killed evaluation goes on. `progress(what, done, total)`
+    is called after every example.
     """
     if "base" in adapters:
         raise ReftConfigError("an adapter named 'base' would be taken for the base: rename it.")
@@ -143,6 +144,7 @@ def run_all(
             found = run_adapters(task, engine, whos, samples=paths, progress=tell)
             results[task.name] = {who: dataclasses.asdict(r) for who, r in found.items()}
             continue
+        assert isinstance(engine, HFEngine), "name the adapters of another engine"
         for who in [*whos, "adapter"]:
             path = samples / who / f"{task.name}.jsonl" if samples else None
             tell = functools.partial(progress, f"{task.name}, {who}")
@@ -225,7 +227,7 @@ def _evaluate(
     prompts = [encoded[i] for i, _ in todo]
     named = any(job.names is not None for job in jobs)
     adapters = [job.adapter(i) for i, job in todo] if named else None
-    if isinstance(engine, HFEngine) and isinstance(task, Decides):
+    if isinstance(engine, AdapterEngine) and isinstance(task, Decides):
         decided = task.is_decided
         engine.generate(
             prompts,

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Protocol, TypeAlias, final
+from typing import Protocol, TypeAlias, final, runtime_checkable
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
@@ -41,6 +41,7 @@ from reftune.methods import takes_no_padding
 
 __all__ = [
     "BASE",
+    "AdapterEngine",
     "Completion",
     "Engine",
     "FinishReason",
@@ -80,6 +81,24 @@ class Engine(Protocol):
         `adapters` names one adapter per prompt (None: the base model); without it, the active
         adapter acts on all. `on_done(index, completion)` is called as soon as a prompt is done.
         """
+
+
+@runtime_checkable
+class AdapterEngine(Engine, Protocol):
+    """An engine that has several adapters by name, and stops where an answer is decided."""
+
+    def identity_of(self, adapter: str | None) -> str:
+        """Return the identity of the base model with one adapter, or of the base alone."""
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        adapters: Sequence[str | None] | None = None,
+        on_done: OnDone | None = None,
+        is_decided: IsDecided | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt; `is_decided(index, text so far)` may end a completion."""
 
 
 @final

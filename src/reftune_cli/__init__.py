@@ -118,6 +118,9 @@ def evaluate(
     ] = None,
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
+    engine: Annotated[
+        str, typer.Option(help="what generates: hf or vllm (docs/serving.md)")
+    ] = "hf",
     lm_eval: Annotated[str | None, typer.Option(help="tasks of lm-eval, instead of ours")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="examples in a prompt (lm-eval)")] = None,
     chat_template: Annotated[
@@ -129,10 +132,19 @@ def evaluate(
     with reported_errors():
         from reftune.errors import ReftConfigError
         from reftune_cli.console import ConsoleReporter, evaluate_adapter, show_scores
-        from reftune_cli.evaluation import evaluate_lm_eval, evaluate_several, show_lm_eval
+        from reftune_cli.evaluation import (
+            evaluate_lm_eval,
+            evaluate_several,
+            evaluate_with_vllm,
+            show_lm_eval,
+        )
 
         if (tasks is None) == (lm_eval is None):
             raise ReftConfigError("Give either --tasks or --lm-eval: names with commas between.")
+        if engine not in ("hf", "vllm") or (engine == "vllm" and lm_eval is not None):
+            raise ReftConfigError(
+                f"--engine is {engine!r}; accepted are hf and, for --tasks, vllm."
+            )
         names = [name.strip() for name in (tasks or lm_eval or "").split(",")]
         common = (limit, batch_size, base, out, model, dtype)
         with ConsoleReporter() as reporter:
@@ -141,6 +153,8 @@ def evaluate(
                     raise ReftConfigError("--lm-eval takes one adapter at a time.")
                 asked = (num_fewshot, chat_template, include_path)
                 found = evaluate_lm_eval(adapters[0], names, *common, *asked, reporter)
+            elif engine == "vllm":
+                found = evaluate_with_vllm(adapters, names, data_dir, *common, reporter)
             elif len(adapters) > 1:
                 found = evaluate_several(adapters, names, data_dir, *common, reporter)
             else:

@@ -27,7 +27,7 @@ def load_chat(
     adapters: Sequence[str], model: str | None, dtype: str
 ) -> tuple[Loaded, list[str], str]:
     """Load adapters on one base model; return it, their names, and the first one's template."""
-    named = [_named(text) for text in adapters]
+    named = [named_adapter(text) for text in adapters]
     names = [name for name, _ in named]
     if len(set(names)) != len(names):
         raise ReftConfigError(f"Two adapters have the same name: {names}. Use NAME=DIRECTORY.")
@@ -142,7 +142,8 @@ class Chat:
             out.print(escape(piece), end="", soft_wrap=True)
 
 
-def _named(text: str) -> tuple[str, str]:
+def named_adapter(text: str) -> tuple[str, str]:
+    """Return the name and the path that NAME=DIRECTORY or DIRECTORY stands for."""
     name, equals, path = text.partition("=")
     if equals:
         return name, path

@@ -18,7 +18,7 @@ from reftune.errors import ReftConfigError
 from reftune.generate import HFEngine
 from reftune.run import RESULTS, Reporter, adapter_directory, load_adapter, write_text
 from reftune.tasks import get_task
-from reftune_cli.chat import load_chat
+from reftune_cli.chat import load_chat, named_adapter
 from reftune_cli.console import out
 
 LM_EVAL_RESULTS = "lm-eval.json"
@@ -48,6 +48,51 @@ def evaluate_several(
         samples=folder / "samples" if folder else None,
         progress=reporter.evaluating,
         adapters=names,
+    )
+    if folder is not None:
+        write_text(folder / RESULTS, json.dumps({"tasks": results}, indent=2) + "\n")
+    return results
+
+
+def evaluate_with_vllm(
+    adapters: Sequence[str],
+    tasks: Sequence[str],
+    data_dir: str,
+    limit: int | None,
+    batch_size: int,
+    base: bool,
+    folder: Path | None,
+    model: str | None,
+    dtype: str,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluate adapters and their base with vLLM, all in one stream of batches."""
+    from reftune.serve.engine import VLLMEngine
+    from reftune.serve.launch import base_of
+
+    found = [get_task(name, data_dir, limit=limit) for name in tasks]
+    one = len(adapters) == 1
+    named = {"adapter": adapters[0]} if one else dict(map(named_adapter, adapters))
+    if len(named) != len(adapters):
+        raise ReftConfigError(f"Two adapters have the same name: {list(named)}. Use NAME=ADAPTER.")
+    where = {name: Path(adapter_directory(path)) for name, path in named.items()}
+    bases = {model} if model else {base_of(path) for path in where.values()}
+    trained_on = bases.pop()
+    if bases or trained_on is None:
+        raise ReftConfigError(
+            f"one pass has adapters of one base model, and {', '.join(adapters)} name "
+            f"{sorted(map(str, {trained_on, *bases}))}. Evaluate them one after another, or name "
+            "the model with --model."
+        )
+    reporter.say(f"Starting vLLM with {trained_on}")
+    engine = VLLMEngine(trained_on, where, options={"dtype": dtype, "max_num_seqs": batch_size})
+    results = evaluate.run_all(
+        found,
+        engine,
+        base=base,
+        samples=folder / "samples" if folder else None,
+        progress=reporter.evaluating,
+        adapters=list(where),
     )
     if folder is not None:
         write_text(folder / RESULTS, json.dumps({"tasks": results}, indent=2) + "\n")

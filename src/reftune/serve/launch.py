@@ -38,15 +38,24 @@ def what_to_serve(base: str, catalog: CatalogSettings) -> Served:
     adapter = Path(adapter_directory(base))
     if (adapter / CONFIG).is_file():
         catalog = replace(catalog, adapters=(base, *catalog.adapters))
-        trained_on: str | None = read_config(adapter).base_model_name_or_path
-        if not trained_on:
+        trained_on = base_of(adapter)
+        if trained_on is None:
             raise ReftConfigError(
                 f"{base} does not say which model it is for: reftune serve MODEL --adapters {base}"
             )
-        by_hub_name = {hub: name for name, (_, hub) in EMBEDDED.items()}
-        base = by_hub_name.get(trained_on, trained_on)
+        base = trained_on
     Catalog(catalog)  # before a model is loaded for minutes
     return Served(base, resolve(base), catalog)
+
+
+def base_of(adapter: Path) -> str | None:
+    """Return the name of the model that an adapter's directory says it was trained on.
+
+    The embedded model's Hub name is taken for it. Raises AdapterMismatchError or ReftConfigError.
+    """
+    trained_on: str | None = read_config(adapter).base_model_name_or_path
+    by_hub_name = {hub: name for name, (_, hub) in EMBEDDED.items()}
+    return by_hub_name.get(trained_on, trained_on) if trained_on else None
 
 
 def serve(served: Served, settings: ServeSettings, vllm_arguments: Sequence[str]) -> None:
