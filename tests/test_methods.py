@@ -113,6 +113,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, method:
     results = execute(broken, resume=True)
     assert torch.equal(logits(load_adapter(broken.directory, dtype="float32").model), logits(b))
     assert results["train"]["seconds"] > 0
+    log = read_log(broken.directory / "log.jsonl")
+    assert results["train"]["cpu_seconds"] == pytest.approx(log[-1]["cpu_seconds"], abs=0.1)
 
 
 def test_trainable_parameters_are_what_the_formulas_say() -> None:

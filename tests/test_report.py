@@ -271,6 +271,12 @@ def test_the_markdown_has_the_same_numbers_and_its_pictures_beside_it(
         r.startswith("| loreft | 500 | 0.0500 | **75.0 ± 35.4** | 50.0 ± 35.4 |") for r in rows
     )
     assert "**75.0**" in text, "LoRA is best on boolq"
+    assert "training, seconds" in text
+    for results in experiment.glob("*/results.json"):
+        values = json.loads(results.read_text())
+        values["train"]["cpu_seconds"] = 3.0
+        results.write_text(json.dumps(values))
+    assert "training, CPU-seconds" in write_report(experiment, tmp_path / "cpu")[0].read_text()
     assert any(r.startswith("| base | 0 | 0 | 25.0 | 50.0 | 37.5 |") for r in rows)
     assert "| loreft | 0.050 / 0.031 | 75.0 / 83.2 | 50.0 / 69.3 |" in text
     for block in re.split(r"\n\n", text):

@@ -115,7 +115,11 @@ def test_resuming_drops_log_lines_after_the_checkpoint(tmp_path: Path) -> None:
         execute(config, reporter=InterruptAt(3))
     with (config.directory / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+    before = read_log(config.directory / "log.jsonl")[2]["cpu_seconds"]
     execute(config, resume=True)
+    after = [row["cpu_seconds"] for row in read_log(config.directory / "log.jsonl")]
+    assert after == sorted(after)
+    assert after[3] > before > 0, "of all its parts"
     assert 99.0 not in losses(config)
     assert len(losses(config)) == 6
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -80,6 +80,13 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
+class Spent(NamedTuple):
+    """Time by the clock, and of all threads of this process: that hardly depends on others."""
+
+    seconds: float
+    cpu_seconds: float
+
+
 class LogFile(TrainerCallback):
     """Append what the Trainer logs to a JSONL file, a line at a time."""
 
@@ -87,15 +94,17 @@ class LogFile(TrainerCallback):
         self.path = path
         lines = path.read_text().splitlines() if path.is_file() and after_step else []
         kept = [line for line in lines if _logged_step(line) <= after_step]
-        self._start, self._before = time.perf_counter(), _logged_seconds(kept)
+        self._start, self._before = _now(), _logged_spent(kept)
         part = path.with_suffix(".part")
         part.write_text("".join(f"{line}\n" for line in kept))
         os.replace(part, path)
 
     @property
-    def seconds(self) -> float:
+    def spent(self) -> Spent:
         """Return how long the run has trained, before a resume, too."""
-        return self._before + time.perf_counter() - self._start
+        return Spent(
+            *(b + n - s for b, n, s in zip(self._before, _now(), self._start, strict=True))
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,25 +124,30 @@ class LogFile(TrainerCallback):
         row = {
             "step": state.global_step,
             "time": round(time.time(), 3),
-            "seconds": round(self.seconds, 3),
+            **{key: round(value, 3) for key, value in self.spent._asdict().items()},
             **(logs or {}),
         }
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def trained_seconds(log: Path) -> float:
+def trained_before(log: Path) -> Spent:
     """Return how long the run of a log has trained, over all its resumes."""
-    return _logged_seconds(log.read_text().splitlines() if log.is_file() else [])
+    return _logged_spent(log.read_text().splitlines() if log.is_file() else [])
 
 
-def _logged_seconds(lines: Sequence[str]) -> float:
+def _logged_spent(lines: Sequence[str]) -> Spent:
     for line in reversed(lines):
         try:
-            return float(json.loads(line)["seconds"])
-        except (ValueError, KeyError, TypeError):  # torn
+            row = json.loads(line)
+            return Spent(float(row["seconds"]), float(row.get("cpu_seconds", 0.0)))
+        except (ValueError, KeyError, TypeError, AttributeError):  # torn
             continue
-    return 0.0
+    return Spent(0.0, 0.0)
+
+
+def _now() -> Spent:
+    return Spent(time.perf_counter(), time.process_time())
 
 
 def _logged_step(line: str) -> int:

@@ -166,6 +166,9 @@ def _pictures(records: Records) -> Iterator[Section]:
         "parameters": ("trained parameters", lambda runs: float(runs[0].results["parameters"])),
         "seconds": ("training, seconds", lambda runs: _mean(trained(runs, "seconds"))),
     }
+    if all("cpu_seconds" in run.results["train"] for run in records.runs):  # hardly depends on load
+        cost = ("training, CPU-seconds", lambda runs: _mean(trained(runs, "cpu_seconds")))
+        costs = {**costs, "seconds": cost}
     pictures = []
     for name, (cost, of) in costs.items():
         points = {

@@ -386,6 +386,7 @@ def _train_results(trained: Trained, directory: Path) -> dict[str, Any]:
         "steps": trained.steps,
         "shortcuts": list(trained.shortcuts),
         "seconds": round(trained.seconds, 1),
+        **({} if trained.cpu_seconds is None else {"cpu_seconds": round(trained.cpu_seconds, 1)}),
         "tokens_per_second": round(trained.tokens / max(trained.seconds, 1e-9), 1),
     }
 

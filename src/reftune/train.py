@@ -34,11 +34,12 @@ from reftune.callbacks import (
     Interrupt,
     LogFile,
     Progress,
+    Spent,
     StopAtNaN,
     Watch,
     last_checkpoint,
     step_of,
-    trained_seconds,
+    trained_before,
     weights_in,
 )
 from reftune.data import Collator, TokenDataset
@@ -163,8 +164,9 @@ class TrainSettings(SpeedSettings):
 class Trained:
     """What a run of `fit` came to; `interrupted` runs can be resumed.
 
-    `seconds` and `tokens` are of all of its training, before a resume, too; `shortcuts` are the
-    keys of `SpeedSettings` that it was found to be exact and worth it for.
+    `seconds` by the clock, `cpu_seconds` of all threads (None on accelerators) and `tokens` are of
+    all of its training, before a resume, too; `shortcuts` are the keys of `SpeedSettings` that it
+    was found to be exact and worth it for.
     """
 
     loss: float
@@ -176,6 +178,7 @@ class Trained:
     best_step: int | None = None
     best_value: float | None = None
     shortcuts: tuple[str, ...] = ()
+    cpu_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,8 @@ def fit(
     if checkpoint is not None and step_of(checkpoint) >= total:
         before = _trained_before(model, heldout, collator, settings, checkpoint)
         tokens = settings.passes(len(train)) * sum(train.lengths)
-        return replace(before, seconds=trained_seconds(directory / LOG), tokens=round(tokens))
+        spent = _for_results(trained_before(directory / LOG), model)
+        return replace(before, tokens=round(tokens), **spent)
     log_file = LogFile(directory / LOG, after_step=step_of(checkpoint))
     watch = Watch(train.lengths, total, on_progress)
     interrupt = Interrupt()
@@ -236,14 +240,14 @@ def fit(
         _silence_printing(trainer)
         with interrupt.handling():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = log_file.seconds
+    spent = _for_results(log_file.spent, model)
     heldout_loss = None
     if heldout is not None and len(heldout) and not interrupt.asked:
         heldout_loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
     return Trained(
         loss=mean_loss(trainer.state.log_history),
         steps=trainer.state.global_step,
-        seconds=seconds,
+        **spent,
         tokens=round((trainer.state.epoch or 0.0) * sum(train.lengths)),
         interrupted=interrupt.asked,
         heldout_loss=heldout_loss,
@@ -312,6 +316,11 @@ def _trained_before(
         loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
     steps, value = step_of(checkpoint), state.get("best_metric")
     return Trained(mean_loss(state["log_history"]), steps, 0.0, 0, False, loss, best, value)
+
+
+def _for_results(spent: Spent, model: nn.Module) -> dict[str, Any]:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds if on_cpu else None}
 
 
 def _silence_printing(trainer: Trainer) -> None:
