@@ -22,6 +22,8 @@ ROOMS = (
     "mixed",
     "layers",
     "layer",
+    "controls",
+    "composition",
     "checkpoint",
     "tuner",
     "__init__",

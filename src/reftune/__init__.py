@@ -5,6 +5,7 @@ Importing this package registers the method with PEFT.
 
 from reftune.config import ReftConfig
 from reftune.context import options
+from reftune.controls import reft_layers, set_composition, set_strength, set_subspaces
 from reftune.errors import (
     AdapterMismatchError,
     DataError,
@@ -17,7 +18,7 @@ from reftune.errors import (
 )
 from reftune.interventions import METHODS, Intervention
 from reftune.positions import Positions
-from reftune.tuner import ReftModel, reft_layers, set_strength, set_subspaces
+from reftune.tuner import ReftModel
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "options",
     "reft_layers",
+    "set_composition",
     "set_strength",
     "set_subspaces",
 ]

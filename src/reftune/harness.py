@@ -39,13 +39,13 @@ from lm_eval.models.utils_hf import get_dtype
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from reftune.controls import reft_layers, set_strength
 from reftune.decoding import fingerprint
 from reftune.errors import ReftConfigError
 from reftune.generate import Completion, HFEngine, Sampling
 from reftune.likelihood import Likelihood, Pair, Scorer
 from reftune.methods import as_base
 from reftune.run import Loaded, load_adapter
-from reftune.tuner import reft_layers, set_strength
 
 log = logging.getLogger("reftune")
 

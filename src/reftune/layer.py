@@ -8,7 +8,7 @@ are, other adapters find their targets, and whatever looks at hidden states sees
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from reftune.interventions import (
 from reftune.mixed import edit_mixed
 from reftune.positions import SlotKey
 from reftune.spans import Span, current_span
+
+Composition = Literal["in_order", "sum"]
+"""How several active adapters edit: each what those before left, or all the same hidden states."""
 
 CANNOT_MERGE = (
     "A ReFT adapter cannot be merged: it edits the hidden states of some prompt tokens, and no "
@@ -55,6 +58,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.keys: dict[str, SlotKey] = {}
         self.strength: dict[str, float] = {}
         self.subspaces: dict[str, list[str]] = {}
+        self.composition: Composition = "in_order"
         self.merged_adapters: list[str] = []
         self.register_state_dict_pre_hook(_retract_before_save)  # type: ignore[no-untyped-call]
 
@@ -135,7 +139,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             edited = h_BSd
             for name in self.names_active():
                 if name in self.reft_phi:
-                    edited = self._edit_with(name, edited, span)
+                    seen = h_BSd if self.composition == "sum" else edited
+                    edited = self._edit_with(name, seen, edited, span)
         return hidden if edited is h_BSd else edited.view_as(hidden)
 
     def _as_batch(self, hidden: Tensor, span: Span) -> Tensor:
@@ -166,15 +171,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 "where sequences end (cu_seq_lens_q)."
             )
 
-    def _edit_with(self, name: str, h_BSd: Tensor, span: Span) -> Tensor:
+    def _edit_with(self, name: str, h_BSd: Tensor, onto: Tensor, span: Span) -> Tensor:
+        """Return `onto` with an adapter's edit of `h_BSd` added to it."""
         B, S, _ = h_BSd.shape
         config, key = self.configs[name], self.keys[name]
         strength = self.strength_of(name, span)
         if strength == 0.0 or (not key.edit_generated and span.is_past_prompt(S)):
-            return h_BSd
+            return onto
         self.check_packing(name, span, S)
         if span.is_dense(key, S):
-            return self._edit_dense(name, h_BSd, span, strength)
+            return onto + self._dense_edit(name, h_BSd, span, strength)
         rows = span.rows(key, B, S, h_BSd.device)
         with no_autocast(h_BSd.device):
             x_BKd = rows.gather(h_BSd).to(next(self.phi(name).parameters()).dtype)
@@ -187,10 +193,10 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 per_slot=config.tied == "none",
             )
             edit = self.finish(name, x_BKd, edit, rows.valid, strength)
-        return rows.add(h_BSd, edit)
+        return rows.add(onto, edit)
 
-    def _edit_dense(self, name: str, h_BSd: Tensor, span: Span, strength: float) -> Tensor:
-        """Edit every token and keep the edit where a slot says so: `all`, and packed batches."""
+    def _dense_edit(self, name: str, h_BSd: Tensor, span: Span, strength: float) -> Tensor:
+        """Return the edit of every token, kept where a slot says so: `all`, and packed batches."""
         B, S, _ = h_BSd.shape
         config, key = self.configs[name], self.keys[name]
         slot = span.slots(key, *key.counts, B, S, h_BSd.device)
@@ -202,7 +208,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             masks = key.group_masks(slot, groups, per_slot=config.tied == "none")
             edit = apply_dense(phi, x, tensors, masks)
             edit = self.finish(name, x, edit, slot < key.num_slots, strength)
-        return h_BSd + edit.to(h_BSd.dtype)
+        return edit.to(h_BSd.dtype)
 
     def tensors(self, name: str, span: Span, B: int) -> dict[str, Tensor]:
         """Return an adapter's parameters, with the mask of the subspaces that are on."""

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import GenerationMixin
 
 from reftune.checkpoint import check_before_injection, check_state_dict
+from reftune.composition import CombinationType, combine
 from reftune.config import ReftConfig
 from reftune.context import options
 from reftune.errors import MergeError, PositionError, ReftConfigError, did_you_mean
@@ -108,6 +109,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         layer = root.layers.get(current_key)
         if layer is None:
             layer = ReftLayer(self._targets[current_key])
+            layer.composition = next(iter(root.layers.values()), layer).composition
             target.add_module(_CHILD, layer)
             root.layers[current_key] = layer
             root.targets.append(target)
@@ -168,6 +170,28 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         """Refuse: see `MergeError`."""
         raise MergeError(CANNOT_MERGE)
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "cat",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter, not active, whose edit is the weighted sum of others' edits.
+
+        Args are PEFT's; `reftune.composition` says what can be combined. Strengths and subspaces
+        that were set do not count. Raises ReftConfigError with the model unchanged.
+        """
+        layers, known = _root_of(self.model).layers, self.peft_config
+        config, tensors = combine(
+            layers, known, adapters, weights, adapter_name, combination_type, svd_rank
+        )
+        known[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for name, values in tensors.items():
+            layers[name].phi(adapter_name).load_state_dict(values)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
@@ -181,40 +205,6 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         )
         check_state_dict(model, config, adapter_name, remapped)
         return remapped
-
-
-def reft_layers(model: nn.Module) -> dict[str, ReftLayer]:
-    """Return the edited layers of a model (a `PeftModel` or a plain one) by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, ReftLayer)}
-
-
-def set_strength(model: nn.Module, strength: float, adapter_name: str | None = None) -> None:
-    """Set the factor on an adapter's edits: 0 the base model, 1 as trained, -1 negated.
-
-    Without a name, of all adapters. It is not saved. Raises ReftConfigError for an unknown name.
-    """
-    for layer in _layers_with(model, adapter_name):
-        for name in [adapter_name] if adapter_name else list(layer.strength):
-            if name in layer.strength:
-                layer.strength[name] = float(strength)
-
-
-def set_subspaces(
-    model: nn.Module, names: Sequence[str] | None, adapter_name: str | None = None
-) -> None:
-    """Set which of its named subspaces an adapter edits; None is all rows of R.
-
-    Without an adapter name, of all adapters that have subspaces. It is not saved. Raises
-    ReftConfigError for an unknown name.
-    """
-    for layer in _layers_with(model, adapter_name):
-        for name in [adapter_name] if adapter_name else list(layer.configs):
-            if name not in layer.configs:
-                continue
-            layer.subspaces.pop(name, None)
-            if names is not None:
-                layer.configs[name].subspace_rows(list(names))
-                layer.subspaces[name] = list(names)
 
 
 def check_adapter_names(model: nn.Module, names: Sequence[str], *, training: bool) -> None:
@@ -248,17 +238,6 @@ def detach(model: nn.Module) -> None:
     for attribute in ("generate", _ROOT, "peft_config"):
         if attribute in vars(model):
             delattr(model, attribute)
-
-
-def _layers_with(model: nn.Module, adapter_name: str | None) -> list[ReftLayer]:
-    layers = list(reft_layers(model).values())
-    known = sorted({name for layer in layers for name in layer.configs})
-    if adapter_name is not None and adapter_name not in known:
-        raise ReftConfigError(
-            f"There is no ReFT adapter {adapter_name!r}; loaded are {known or 'none'}."
-            + did_you_mean(adapter_name, known)
-        )
-    return layers
 
 
 def _root_of(model: nn.Module) -> Root:

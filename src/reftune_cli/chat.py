@@ -8,11 +8,11 @@ from pathlib import Path
 from peft import PeftModel
 from rich.markup import escape
 
+from reftune.controls import set_strength
 from reftune.errors import ReftConfigError, ReftuneError, did_you_mean
 from reftune.generate import Sampling, stream
 from reftune.prompts import Message, encode_prompt
 from reftune.run import Loaded, adapter_directory, load_adapter, template_of
-from reftune.tuner import set_strength
 from reftune_cli.console import out
 
 HELP = """/adapter NAME   switch to an adapter (without a name: list them)

@@ -18,11 +18,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from reftune.config import ReftConfig
+from reftune.controls import reft_layers
 from reftune.errors import LayersNotFoundError
 from reftune.layers import find_layer_list
 from reftune.methods import is_prompt_learning, is_trained_in_full
 from reftune.speed.frozen import Frozen, Store, first_edited, free_disk, free_memory
-from reftune.tuner import reft_layers
 
 # Configs of models that do something to their logits, by the names that transformers gives it.
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
