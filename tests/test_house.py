@@ -26,6 +26,7 @@ ROOMS = (
     "composition",
     "checkpoint",
     "tuner",
+    "together",
     "__init__",
     "methods",
     "models",

@@ -18,6 +18,7 @@ from reftune.errors import (
 )
 from reftune.interventions import METHODS, Intervention
 from reftune.positions import Positions
+from reftune.together import add_reft, load_reft
 from reftune.tuner import ReftModel
 
 __version__ = "0.1.0"
@@ -37,6 +38,8 @@ __all__ = [
     "ReftuneError",
     "RunError",
     "__version__",
+    "add_reft",
+    "load_reft",
     "options",
     "reft_layers",
     "set_composition",

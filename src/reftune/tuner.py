@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -91,6 +92,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        _check_name(adapter_name, self.peft_config)
         # The config says which layers; PEFT would look for modules named after the tensors.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _hook_entries(model, self.peft_config[adapter_name])
@@ -205,6 +207,16 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         )
         check_state_dict(model, config, adapter_name, remapped)
         return remapped
+
+
+def _check_name(adapter_name: str, configs: Mapping[str, PeftConfig]) -> None:
+    """Raise where PEFT could not save one ReFT of several: it tells them by parts of keys."""
+    names = {n for n, c in configs.items() if isinstance(c, ReftConfig)} | {adapter_name}
+    if len(names) > 1 and (taken := names & {_CHILD, f"{_CHILD}_phi"}):
+        raise ReftConfigError(
+            f"With several ReFTs none can be named {taken.pop()!r}: PEFT would take the others for "
+            "it when they are saved. Give it another name."
+        )
 
 
 def check_adapter_names(model: nn.Module, names: Sequence[str], *, training: bool) -> None:
