@@ -12,6 +12,7 @@ SRC = Path(__file__).parent.parent / "src"
 # The reading order. A module imports only modules above it.
 ROOMS = (
     "errors",
+    "hub",
     "orthonormal",
     "interventions",
     "positions",
@@ -75,9 +76,11 @@ ROOMS = (
     "encoder",
     "classify",
     "sources",
+    "stored",
     "card",
     "plots",
     "run",
+    "publish",
     "harness",
     "experiment",
     "cells",

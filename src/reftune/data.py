@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from reftune.errors import DataError, ReftConfigError, did_you_mean
+from reftune.hub import in_words, why_not
 from reftune.prompts import Example, Instruction, Message, Prompt
 from reftune.tokens import Collator as Collator
 from reftune.tokens import TokenDataset as TokenDataset
@@ -60,7 +61,8 @@ def iter_rows(
 
     A file is .json (a list of objects, or {"data": [...]}), .jsonl, .csv or .parquet. A directory
     holds such a file named after `split`, or was written by `datasets.save_to_disk`. Anything else
-    is a data set of the Hub, "name" or "name:config", which `streaming` does not download first.
+    is a data set of the Hub, "name", "name:config" or "name@revision:config", which `streaming`
+    does not download first.
 
     Raises:
         DataError: there is no such source or split, or a row cannot be read; names file and line.
@@ -224,20 +226,34 @@ def _read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
     import datasets
 
     name, _, config = source.partition(":")
+    name, _, revision = name.partition("@")
+    how = {"revision": revision} if revision else {}
     try:
-        loaded = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        loaded = datasets.load_dataset(
+            name, config or None, split=split, streaming=streaming, **how
+        )
         for index, fields in enumerate(loaded):
             yield Row(fields, f"{source}[{index}]")
     except (OSError, ValueError) as error:  # datasets' and the Hub's errors derive from these
+        asked = source.partition(":")[0]
+        why = in_words(error, asked, "data set")
+        if why is None and isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            why = why_not(asked, "data set")  # datasets does not pass on what the Hub said
         raise DataError(
-            f"The data set {source!r} (split {split!r}) is no file or directory here, and cannot "
-            f"be loaded from the Hub: {error}"
+            why
+            or f"The data set {source!r} (split {split!r}) is no file or directory here, and "
+            f"cannot be loaded from the Hub: {error}"
         ) from error
 
 
 def _looks_like_path(source: str) -> bool:
     starts = source.startswith((".", "~", os.sep))
     return starts or source.count("/") > 1 or Path(source).suffix in _READERS
+
+
+def source_name(source: str) -> str:
+    """Return what others may read of a source: of a path, no folder of this machine."""
+    return Path(source).name if _looks_like_path(source) else source
 
 
 def _neighbours(path: Path) -> str:

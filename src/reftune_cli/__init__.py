@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from reftune_cli.hub import register as register_hub
 from reftune_cli.serve import register as register_serve
 
 app = typer.Typer(
@@ -26,7 +27,10 @@ app = typer.Typer(
 )
 
 AdapterArgument = Annotated[
-    str, typer.Argument(help="adapter directory, run directory or Hub name", metavar="ADAPTER")
+    str,
+    typer.Argument(
+        help="directory of an adapter or a run, or NAME[@REVISION] of the Hub", metavar="ADAPTER"
+    ),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="base model, if not the one the adapter names")
@@ -274,6 +278,7 @@ def _quieten() -> None:
 
 
 register_serve(app)
+register_hub(app)
 
 
 def main() -> None:

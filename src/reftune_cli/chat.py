@@ -12,7 +12,7 @@ from reftune.controls import set_strength
 from reftune.errors import ReftConfigError, ReftuneError, did_you_mean
 from reftune.generate import Sampling, stream
 from reftune.prompts import Message, encode_prompt
-from reftune.run import Loaded, adapter_directory, load_adapter, template_of
+from reftune.run import Loaded, find_adapter, load_adapter, template_of
 from reftune_cli.console import out
 
 HELP = """/adapter NAME   switch to an adapter (without a name: list them)
@@ -39,8 +39,8 @@ def load_chat(
             "Compare by: reftune generate ADAPTER PROMPT --compare"
         )
     for name, where in rest:
-        loaded.model.load_adapter(str(adapter_directory(where)), name)
-    return loaded, names, template_of(adapter_directory(path))
+        loaded.model.load_adapter(str(find_adapter(where)), name)
+    return loaded, names, template_of(find_adapter(path))
 
 
 class Chat:

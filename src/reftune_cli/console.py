@@ -41,7 +41,7 @@ from reftune.run import (
     RESULTS,
     Loaded,
     Reporter,
-    adapter_directory,
+    find_adapter,
     load_adapter,
     template_of,
     write_text,
@@ -216,7 +216,7 @@ def generate_replies(
 ) -> None:
     """Print a reply to each prompt; see the verb `generate`."""
     loaded = load_adapter(adapter, base=model, dtype=dtype)
-    name = template or template_of(adapter_directory(adapter))
+    name = template or template_of(find_adapter(adapter))
     ids = [encode_prompt(prompt, loaded.tokenizer, name) for prompt in prompts]  # type: ignore[arg-type]
     engine = HFEngine(loaded.model, loaded.tokenizer)
     replies = [c.text.strip() for c in engine.generate(ids, sampling)]
@@ -238,7 +238,7 @@ def show_info(adapter: str) -> None:
     """Print what an adapter is, from its config and the header of its weights alone."""
     import peft
 
-    where = Path(adapter_directory(adapter))
+    where = find_adapter(adapter)
     weights = where / WEIGHTS
     if (where / WEIGHTS_CONFIG).is_file():
         weights = where / WEIGHTS_FILE
@@ -246,7 +246,7 @@ def show_info(adapter: str) -> None:
         rows["what is trained"] = WEIGHT_METHODS[rows["method"]]
     else:
         try:
-            config = peft.PeftConfig.from_pretrained(str(adapter_directory(adapter)))
+            config = peft.PeftConfig.from_pretrained(str(where))
         except ValueError as error:
             raise RunError(f"{adapter!r} is no adapter: {error}") from error
         rows = _reft_rows(config) if isinstance(config, ReftConfig) else _peft_rows(config)
@@ -275,6 +275,7 @@ def _reft_rows(config: ReftConfig) -> dict[str, Any]:
     """Return what an adapter's config says, by what it is called in the paper."""
     return {
         "base model": config.base_model_name_or_path,
+        "base model's revision": config.revision,
         "method": f"{config.method}: {(config.intervention.__doc__ or '').splitlines()[0]}",
         "rank": config.r,
         "layers": config.layers,

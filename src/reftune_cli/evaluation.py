@@ -16,7 +16,7 @@ from rich.table import Table
 from reftune import evaluate
 from reftune.errors import ReftConfigError
 from reftune.generate import HFEngine
-from reftune.run import RESULTS, Reporter, adapter_directory, load_adapter, write_text
+from reftune.run import RESULTS, Reporter, find_adapter, load_adapter, write_text
 from reftune.tasks import get_task
 from reftune_cli.chat import load_chat, named_adapter
 from reftune_cli.console import out
@@ -168,7 +168,7 @@ def _check_one_pass(adapters: Sequence[str], model: str | None) -> None:
     """Raise ReftConfigError for adapters that no batch can mix."""
     kinds: dict[str, str] = {}
     for text in adapters:
-        where = adapter_directory(text.partition("=")[2] or text)
+        where = find_adapter(text.partition("=")[2] or text)
         try:
             config = peft.PeftConfig.from_pretrained(str(where))
         except ValueError as error:

@@ -1,0 +1,55 @@
+"""Where an adapter is kept: a directory, a run's or the Hub; and what it says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from peft import PeftConfig
+
+from reftune.errors import RunError
+from reftune.hub import fetch, is_hub_name
+from reftune.methods import WEIGHTS_CONFIG, WEIGHTS_FILE
+
+ADAPTER = "adapter"
+CONFIG = "config.yaml"
+_MARKS = ("adapter_config.json", WEIGHTS_CONFIG)
+# What loading needs of a repository, whatever else is kept in it.
+_FILES = (*_MARKS, "adapter_model.*", WEIGHTS_FILE, "config.json", CONFIG)
+
+
+def adapter_directory(path: str | Path) -> Path | str:
+    """Return the adapter in a run's directory, else the path (or Hub name) itself."""
+    inside = Path(path) / ADAPTER
+    return inside if any((inside / name).is_file() for name in _MARKS) else path
+
+
+def find_adapter(path: str | Path) -> Path:
+    """Return the directory of an adapter; that of a Hub name is downloaded.
+
+    Raises RunError where the Hub has no such adapter, or does not give it.
+    """
+    if not is_hub_name(path):
+        return Path(adapter_directory(path))
+    found = fetch(str(path), "adapter", _FILES)
+    if not any((found / name).is_file() for name in _MARKS):
+        raise RunError(
+            f"{str(path)!r} is on the Hub and is no adapter: it has no adapter_config.json. The "
+            "adapter must be at the top of its repository."
+        )
+    return found
+
+
+def template_of(path: str | Path) -> str:
+    """Return the template that a run's config (beside its adapter) names, else "auto"."""
+    for folder in (Path(path), Path(path).parent):
+        if (folder / CONFIG).is_file():
+            values = yaml.safe_load((folder / CONFIG).read_text())
+            return str(values["data"]["template"])
+    return "auto"
+
+
+def base_of(config: PeftConfig) -> str:
+    """Return the base model that an adapter was trained on, NAME or NAME@REVISION, or ""."""
+    name = config.base_model_name_or_path or ""
+    return f"{name}@{config.revision}" if is_hub_name(name) and config.revision else name
