@@ -78,10 +78,7 @@ class Silent:
 
 @dataclass
 class Loaded:
-    """A model with its adapter, its tokenizer, and the name its base was loaded by.
-
-    `revision` is the commit of the Hub that the base of a run is from.
-    """
+    """A model with its adapter, its tokenizer, its base's name, and of a run the base's commit."""
 
     model: Any
     tokenizer: Any

@@ -75,7 +75,7 @@ def evaluate_with_vllm(
     named = {"adapter": adapters[0]} if one else dict(map(named_adapter, adapters))
     if len(named) != len(adapters):
         raise ReftConfigError(f"Two adapters have the same name: {list(named)}. Use NAME=ADAPTER.")
-    where = {name: Path(adapter_directory(path)) for name, path in named.items()}
+    where = {name: find_adapter(path) for name, path in named.items()}
     bases = {model} if model else {base_of(path) for path in where.values()}
     trained_on = bases.pop()
     if bases or trained_on is None:
