@@ -11,7 +11,7 @@ SERVE  := .venv-serve
 # One thread per test process: two processes share the cores better than two threads do.
 TESTS  := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow serve-env test-serve lint types clean help
+.PHONY: demo test test-slow test-torchao serve-env test-serve lint types clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,6 +27,12 @@ test: $(VENV)/.dev  ## install, then run the tests
 
 test-slow: $(VENV)/.dev  ## the tests on real models, and those of many steps
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+# Installed apart: transformers imports torchao wherever it finds it, which takes seconds and prints.
+test-torchao: $(VENV)/.dev  ## the tests of quantised bases, torchao's with them
+	$(PIP) install --quiet $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/torchao torchao
+	PYTHONPATH=$(VENV)/torchao HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest tests/test_quantised.py -m "not gpu"
 
 serve-env: $(SERVE)/.ready  ## install vLLM for machines without a GPU, beside reftune
 

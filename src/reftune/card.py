@@ -155,6 +155,13 @@ labels = AutoConfig.from_pretrained("{where}")
 model = AutoModelForSequenceClassification.from_pretrained("{base}", config=labels{pinned})
 model = PeftModel.from_pretrained(model, "{where}")
 ```"""
+    if config.quantization is not None:
+        return f"""```python
+from reftune.run import load_adapter
+
+loaded = load_adapter("{where}", quantization="{config.quantization}")
+loaded.model, loaded.tokenizer
+```"""
     return f"""```python
 {register}from peft import PeftModel
 from transformers import AutoModelForCausalLM

@@ -211,7 +211,10 @@ def share_base_samples(experiment: Experiment, config: RunConfig) -> None:
 
 def _base_engine(config: RunConfig) -> HFEngine:
     model, tokenizer = load_model(
-        config.model, config.dtype, attn_implementation=config.attn_implementation
+        config.model,
+        config.dtype,
+        attn_implementation=config.attn_implementation,
+        quantization=config.quantization,
     )
     return HFEngine(model, tokenizer, config.evaluate.batch_size)
 
@@ -221,6 +224,8 @@ def _digest(config: RunConfig) -> str:
     asked = config.evaluate.model_dump(mode="json")
     how = {key: asked[key] for key in asked if key not in ("tasks", "batch_size", "base", "show")}
     model = [config.model, config.dtype, config.attn_implementation, config.data.data_dir]
+    if config.quantization is not None:
+        model.append(config.quantization)
     text = json.dumps([model, how], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

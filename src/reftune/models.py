@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from reftune.errors import ReftConfigError, RunError, did_you_mean
 from reftune.hub import in_words, split_revision
+from reftune.quantised import device_map, quantization_config
 
 if TYPE_CHECKING:
     import torch
@@ -65,13 +66,15 @@ def load_model(
     dtype: DType = "auto",
     device: str | None = None,
     attn_implementation: str | None = None,
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, which is given a pad token if it has none.
 
-    The model stays where `from_pretrained` puts it (the CPU) unless `device` is given.
+    The model stays where `from_pretrained` puts it (the CPU) unless `device` is given; a quantised
+    one (see `reftune.quantised`) is put on this process's GPU if there is one.
 
     Raises:
-        ReftConfigError: `dtype` is not an accepted name.
+        ReftConfigError: `dtype` or `quantization` is not an accepted name.
         RunError: the model cannot be found, or its tokenizer has neither pad nor eos token.
     """
     if dtype not in get_args(DType):
@@ -89,6 +92,7 @@ def load_model(
             revision=revision or "main",
             dtype=dtype,
             attn_implementation=attn_implementation,
+            **_quantized(where, revision, dtype, device, quantization),
         )
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except (OSError, ValueError) as error:  # ValueError: a directory without known files
@@ -96,9 +100,28 @@ def load_model(
     ensure_pad_token(tokenizer, name)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    if device is not None:
+    if device is not None and quantization is None:
         model.to(device)  # type: ignore[arg-type] # transformers' decorator loses `self`
     return model, tokenizer
+
+
+def _quantized(
+    where: str, revision: str | None, dtype: DType, device: str | None, quantization: str | None
+) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that quantise."""
+    if quantization is None:
+        return {}
+    import torch
+    from transformers import AutoConfig
+
+    if dtype == "auto":
+        own = AutoConfig.from_pretrained(where, revision=revision or "main").dtype
+    else:
+        own = getattr(torch, dtype)
+    return {
+        "quantization_config": quantization_config(quantization, own or torch.float32),
+        "device_map": device_map(device),
+    }
 
 
 def cannot_load(name: str, error: Exception, what: str = "") -> str:

@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,16 @@ from reftune import classify, evaluate
 from reftune.callbacks import CHECKPOINTS, Progress
 from reftune.callbacks import Reporter as Reporter
 from reftune.card import model_card
-from reftune.encoder import classifier_config, load_classifier, save_classifier_config
+from reftune.encoder import save_classifier_config
 from reftune.errors import ReftConfigError, ReftuneError, RunError, RunInterrupted
 from reftune.generate import HFEngine
 from reftune.heldout import heldout_cross_entropy
 from reftune.hub import commit_of, split_revision
+from reftune.loading import Loaded as Loaded
+from reftune.loading import load_adapter as load_adapter
 from reftune.methods import (
-    WEIGHTS_CONFIG,
     as_base,
     count_parameters,
-    load_weights,
-    read_weights_config,
     save_weights,
     train_weights,
     weights_of,
@@ -50,7 +48,6 @@ from reftune.sources import read_examples, tasks_of, tokenise, without_leaks
 from reftune.stored import ADAPTER as ADAPTER
 from reftune.stored import CONFIG as CONFIG
 from reftune.stored import adapter_directory as adapter_directory
-from reftune.stored import base_of
 from reftune.stored import find_adapter as find_adapter
 from reftune.stored import template_of as template_of
 from reftune.tokens import Collator, TokenDataset
@@ -58,7 +55,10 @@ from reftune.train import LOG, Trained, fit
 
 RESULTS = "results.json"
 # Sections that are the same when a run is resumed.
-WHAT_IS_TRAINED = ("model", "task_type", "dtype", "seed", "adapter", "data", "train", "classify")
+WHAT_IS_TRAINED = (
+    *("model", "task_type", "dtype", "quantization", "seed", "adapter", "data", "train"),
+    "classify",
+)
 # Keys of data that may differ: the tokens are the same.
 HOW_DATA_IS_READ = ("cache_dir", "num_proc", "streaming")
 
@@ -74,16 +74,6 @@ class Silent:
 
     def evaluating(self, what: str, done: int, total: int) -> None:
         """Show nothing."""
-
-
-@dataclass
-class Loaded:
-    """A model with its adapter, its tokenizer, its base's name, and of a run the base's commit."""
-
-    model: Any
-    tokenizer: Any
-    base: str
-    revision: str | None = None
 
 
 def execute(
@@ -155,58 +145,6 @@ def _classify(config: RunConfig, resume: bool, reporter: Reporter) -> dict[str, 
     results["versions"] = versions()
     _finish(config, loaded, results, reporter)
     return results
-
-
-def load_adapter(
-    path: str | Path,
-    *,
-    base: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    name: str = "default",
-) -> Loaded:
-    """Load an adapter (its directory, a run's directory, or a Hub name) on its base model.
-
-    `base` overrides the model that the adapter was trained on. Raises RunError.
-    """
-    import peft
-
-    where = find_adapter(path)
-    if (Path(where) / WEIGHTS_CONFIG).is_file():
-        base = base or read_weights_config(Path(where))["base_model_name_or_path"]
-        model, tokenizer = _load_base(where, base, dtype, device)
-        return Loaded(load_weights(model, Path(where)), tokenizer, base)
-    try:
-        config = peft.PeftConfig.from_pretrained(str(where))
-    except ValueError as error:
-        raise RunError(
-            f"{str(path)!r} is no adapter: {error}. An adapter is a directory with an "
-            "adapter_config.json, a run's directory, or a Hub name." + _unfinished(Path(path))
-        ) from error
-    base = base or base_of(config)
-    if not base:
-        raise RunError(f"{where} does not say which model it is for; name it with --model.")
-    model, tokenizer = _load_base(where, base, dtype, device)
-    adapted = peft.PeftModel.from_pretrained(model, str(where), adapter_name=name)
-    return Loaded(adapted, tokenizer, base)
-
-
-def _load_base(adapter: Path | str, base: str, dtype: Any, device: str | None) -> tuple[Any, Any]:
-    """Load a causal model, or the encoder of a classifier, whose adapter has a config of its own.
-
-    The embedded model is taken for its Hub name: it needs no Hub.
-    """
-    base = {hub: embedded for embedded, (_, hub) in EMBEDDED.items()}.get(base, base)
-    settings = classifier_config(adapter)
-    if settings is None:
-        return load_model(base, dtype, device)
-    return load_classifier(base, settings, dtype, device)
-
-
-def _unfinished(path: Path) -> str:
-    if not (path / CHECKPOINTS).is_dir():
-        return ""
-    return f" This run is not finished: reftune train --resume {path / CONFIG}"
 
 
 def save_adapter(model: Any, directory: Path, base: str, revision: str | None = None) -> None:
@@ -326,7 +264,11 @@ def _attach(config: RunConfig) -> Loaded:
     from transformers import set_seed
 
     model, tokenizer = load_model(
-        config.model, config.dtype, attn_implementation=config.attn_implementation
+        config.model,
+        config.dtype,
+        "cpu" if config.quantization and config.train.device == "cpu" else None,
+        config.attn_implementation,
+        config.quantization,
     )
     base, commit = _base_name(config)
     set_seed(config.seed)

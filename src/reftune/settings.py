@@ -18,6 +18,7 @@ from reftune.interventions import METHODS
 from reftune.methods import BASELINES, WEIGHT_METHODS, peft_config, settings_of
 from reftune.models import DType
 from reftune.prompts import LongPrompts, TemplateName
+from reftune.quantised import Trainable
 from reftune.tasks.leaks import LeakRule
 from reftune.train import TrainSettings
 
@@ -146,6 +147,9 @@ class RunConfig(BaseModel):
         "causal_lm", description="seq_cls: an encoder and its head learn a set of GLUE"
     )
     dtype: DType = Field("auto", description="of the base model's weights")
+    quantization: Trainable | None = Field(
+        None, description="load the base in 8 or 4 bits, by bitsandbytes or torchao"
+    )
     attn_implementation: str | None = Field(None, description="as transformers names it")
     seed: int = Field(42, ge=0, description="of initialisation, data order and dropout")
     output_dir: str = Field("runs", description="where runs are kept")
@@ -233,10 +237,26 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
                 f"method is {config.method!r}; accepted: {', '.join((*METHODS, *BASELINES))}."
                 + did_you_mean(config.method, [*METHODS, *BASELINES])
             )
+        _check_quantization(config)
         config.peft_config()  # its own checks, before any model is loaded
     except (ReftConfigError, PositionError) as error:
         raise ReftConfigError(f"{where}: adapter: {error}") from error
     return config
+
+
+def _check_quantization(config: RunConfig) -> None:
+    if config.quantization is None:
+        return
+    unfit = {
+        "task_type: seq_cls": config.task_type == "seq_cls",
+        f"method: {config.method}, which trains weights": config.method in WEIGHT_METHODS,
+        "train.offload_base": config.train.offload_base,
+    }
+    for key, is_so in unfit.items():
+        if is_so:
+            raise ReftConfigError(
+                f"quantization: {config.quantization} does not go with {key}; leave one out."
+            )
 
 
 def describe(method: str = "loreft") -> Iterator[tuple[str, str, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from peft import PeftConfig
@@ -42,11 +43,22 @@ def find_adapter(path: str | Path) -> Path:
 
 def template_of(path: str | Path) -> str:
     """Return the template that a run's config (beside its adapter) names, else "auto"."""
+    data = _run_config(path).get("data")
+    return str(data["template"]) if data else "auto"
+
+
+def quantization_of(path: str | Path) -> str | None:
+    """Return how a run's config (beside its adapter) says that its base was quantised."""
+    found = _run_config(path).get("quantization")
+    return None if found is None else str(found)
+
+
+def _run_config(path: str | Path) -> dict[str, Any]:
     for folder in (Path(path), Path(path).parent):
         if (folder / CONFIG).is_file():
-            values = yaml.safe_load((folder / CONFIG).read_text())
-            return str(values["data"]["template"])
-    return "auto"
+            values: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+            return values
+    return {}
 
 
 def base_of(config: PeftConfig) -> str:

@@ -1,0 +1,105 @@
+"""Base models in 8 or 4 bits: which there are by name, and what transformers is told about them.
+
+An adapter edits hidden states, whatever the weights are stored in: it stays in its own dtype, and
+nothing of the base is trained. A checkpoint that was quantised when it was saved (GPTQ, AWQ, ...)
+needs no name: transformers reads how from its config.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from reftune.errors import ReftConfigError, RunError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    AnyConfig = BitsAndBytesConfig | TorchAoConfig
+
+Trainable = Literal["bnb-4bit", "bnb-8bit", "torchao-int8"]
+"""What transformers' Trainer trains adapters on."""
+Quantization = Literal["bnb-4bit", "bnb-8bit", "torchao-int8", "torchao-int4"]
+
+_PACKAGES: Final[Mapping[str, str]] = {"bnb": "bitsandbytes", "torchao": "torchao"}
+_GROUP = 32  # weights that share a scale, of torchao's int4: divides the width of any model
+
+
+def quantization_config(name: str, dtype: torch.dtype) -> AnyConfig:
+    """Return transformers' config of a quantisation; `dtype` is that of the computation.
+
+    bnb-4bit is QLoRA's (nf4, double quantisation). torchao-int4 is packed for GPUs where there is
+    one, and kept in bytes elsewhere. Raises ReftConfigError for an unknown name, RunError where
+    the library is not installed.
+    """
+    _check(name)
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if name == "bnb-4bit":
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if name == "bnb-8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_said_once)
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    if name == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(_torchao_int4())
+
+
+def _torchao_int4() -> object:
+    import torch
+    from torchao.quantization import Int4WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    if torch.cuda.is_available():
+        return Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format="tile_packed_to_4d")
+    return IntxWeightOnlyConfig(torch.int4, PerGroup(_GROUP))  # type: ignore[attr-defined]
+
+
+def device_map(device: str | None) -> dict[str, str] | None:
+    """Return where a quantised model is loaded: bitsandbytes' cannot be moved later.
+
+    Without a device: this process's GPU, or the CPU where there is none.
+    """
+    import torch
+
+    if device is None:
+        rank = os.environ.get("LOCAL_RANK", "0")  # torchrun's
+        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    return {"": device}
+
+
+def _check(name: str) -> None:
+    accepted = list(get_args(Quantization))
+    if name not in accepted:
+        raise ReftConfigError(
+            f"quantization is {name!r}; accepted: {', '.join(accepted)}."
+            + did_you_mean(name, accepted)
+        )
+    package = _PACKAGES[name.partition("-")[0]]
+    if importlib.util.find_spec(package) is None:
+        raise RunError(
+            f"quantization {name!r} needs {package}, which is not installed: pip install {package}"
+        )
+
+
+def _said_once(record: logging.LogRecord) -> bool:
+    """Let bitsandbytes say once, and not at each product, that it computes in float16."""
+    if "inputs will be cast" not in record.getMessage():
+        return True
+    said = record.getMessage() in _said
+    _said.add(record.getMessage())
+    return not said
+
+
+_said: set[str] = set()
