@@ -18,7 +18,7 @@ pytestmark = [
 
 VERBS = {
     *("train", "experiment", "report", "evaluate", "generate", "chat", "info", "config"),
-    *("version", "serve", "push"),
+    *("version", "serve", "push", "convert"),
 }
 
 

@@ -62,6 +62,8 @@ def test_number_of_groups(text: str, groups: tuple[int, ...]) -> None:
 def naive_sides(n: int, p: int, s: int, rule: str) -> tuple[int, int]:
     if rule == "pyreft":
         return min(n // 2, p), min(n // 2, s)
+    if rule == "overlap":
+        return len(set(range(p)) & set(range(n - min(s, n)))), min(s, n)
     if n < p + s:
         return min(p, n // 2), min(s, n - n // 2)
     return p, s

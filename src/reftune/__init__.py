@@ -8,6 +8,7 @@ from reftune.context import options
 from reftune.controls import reft_layers, set_composition, set_strength, set_subspaces
 from reftune.errors import (
     AdapterMismatchError,
+    ConversionError,
     DataError,
     LayersNotFoundError,
     MergeError,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "AdapterMismatchError",
+    "ConversionError",
     "DataError",
     "Intervention",
     "LayersNotFoundError",

@@ -55,7 +55,8 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
         dropout_on: "edit" drops out the edit; "output" drops out h + edit, as pyreft does.
         init: "paper" (random), or "noop": the adapter starts as the identity.
         short_prompts: how positions shrink in a prompt with fewer tokens than they name: by the
-            rule of the "paper" or of "pyreft" (floors both sides, always).
+            rule of the "paper", of "pyreft" (floors both sides, always), or by "overlap" (of
+            adapters: the suffix in full, the prefix what is left).
         edit_generated: edit generated tokens, too (steering); they get the Phi of the suffix.
         subspaces: names for sets of rows of R, e.g. {"german": [0, 1], "chat": [2, 3]}; an example
             that names some edits only these rows.
@@ -97,7 +98,7 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
     )
     short_prompts: str = field(
         default="paper",
-        metadata={"help": "rule for prompts shorter than the positions: paper or pyreft"},
+        metadata={"help": "rule for prompts shorter than the positions: paper, pyreft, overlap"},
     )
     edit_generated: bool = field(default=False, metadata={"help": "edit generated tokens, too"})
     subspaces: dict[str, list[int]] | None = field(

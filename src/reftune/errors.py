@@ -5,6 +5,7 @@
     ├── LayersNotFoundError(ValueError)  the layers to edit cannot be told; lists candidates
     ├── PositionError(ValueError)        a position string or a prompt span is wrong
     ├── AdapterMismatchError(ValueError) a checkpoint does not fit its config or the model
+    ├── ConversionError(ValueError)      a checkpoint of another library cannot be converted
     ├── MergeError(NotImplementedError)  a ReFT cannot be merged into weights
     ├── DataError(ValueError)            a row does not fit; names file and line
     ├── RunError(RuntimeError)           a run cannot start, go on or be found
@@ -33,6 +34,10 @@ class PositionError(ReftuneError, ValueError):
 
 class AdapterMismatchError(ReftuneError, ValueError):
     """A checkpoint has missing, superfluous or misshapen tensors for this model."""
+
+
+class ConversionError(ReftuneError, ValueError):
+    """A checkpoint cannot be read or expressed in another format; says what is missing."""
 
 
 class MergeError(ReftuneError, NotImplementedError):

@@ -19,7 +19,7 @@ from reftune.errors import PositionError
 
 _PART = re.compile(r"([fl])(\d+)")
 TIED = ("all", "sides", "none")
-SHORT_PROMPTS = ("paper", "pyreft")
+SHORT_PROMPTS = ("paper", "pyreft", "overlap")
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,16 @@ def side_lengths(
     """Return how many tokens of its prefix and of its suffix a prompt of `n` tokens has.
 
     The paper's rule (section 4.1), where n < p + s: p <- min(p, floor(n/2)), s <- min(s,
-    ceil(n/2)). pyreft's, always: p <- min(p, floor(n/2)), s <- min(s, floor(n/2)).
+    ceil(n/2)). pyreft's, always: p <- min(p, floor(n/2)), s <- min(s, floor(n/2)). Overlap, as in
+    adapters: the suffix takes what it can get, and the prefix what is left of its p tokens.
     """
     p = torch.as_tensor(prefix, device=n.device).expand_as(n)
     s = torch.as_tensor(suffix, device=n.device).expand_as(n)
     if rule == "pyreft":
         return torch.minimum(p, n // 2), torch.minimum(s, n // 2)
+    if rule == "overlap":
+        s = torch.minimum(s, n)
+        return torch.minimum(p, n - s), s
     short = n < p + s
     return (
         torch.where(short, torch.minimum(p, n // 2), p),

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from reftune_cli.convert import register as register_convert
 from reftune_cli.hub import register as register_hub
 from reftune_cli.serve import register as register_serve
 
@@ -278,6 +279,7 @@ def _quieten() -> None:
 
 
 register_serve(app)
+register_convert(app)
 register_hub(app)
 
 
