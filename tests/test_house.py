@@ -25,6 +25,7 @@ ROOMS = (
     "layer",
     "controls",
     "composition",
+    "trainers",
     "checkpoint",
     "tuner",
     "together",

@@ -8,7 +8,6 @@ language model is wrapped to say where its prompt ends: only there is that known
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,8 +41,7 @@ from reftune.spans import (
     is_idle,
     open_span,
 )
-
-log = logging.getLogger("reftune")
+from reftune.trainers import PromptWatch, active_keys, watch_trainers
 
 _CHILD = "reft"
 _ROOT = "_reft_root"
@@ -55,10 +53,10 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, on every mod
 class Root:
     """What reftune put into a model, so that it can be found and taken out again."""
 
+    watch: PromptWatch
     layers: dict[str, ReftLayer] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
     entries: list[nn.Module] = field(default_factory=list)
-    warned: bool = False
     edits_generated: bool = False
     targets: list[nn.Module] = field(default_factory=list)
 
@@ -255,7 +253,7 @@ def detach(model: nn.Module) -> None:
 def _root_of(model: nn.Module) -> Root:
     root = vars(model).get(_ROOT)
     if root is None:
-        root = Root()
+        root = Root(PromptWatch(model))
         object.__setattr__(model, _ROOT, root)
     assert isinstance(root, Root)
     return root
@@ -263,6 +261,7 @@ def _root_of(model: nn.Module) -> Root:
 
 def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
     """Hook every module on the way to an edited layer: any of them may be what a caller calls."""
+    watch_trainers()
     root = _root_of(model)
     root.edits_generated |= config.edit_generated
     causal_lm = _is_causal_lm(model) or getattr(config.task_type, "value", "") == "CAUSAL_LM"
@@ -306,22 +305,12 @@ def _open(
         span.idle = span.is_past_prompt(span.shape[1])
     if not span.idle and not torch.compiler.is_compiling():
         _retract_active(entry.model, span)
-        if module.training and span.tells_no_prompt(entry) and torch.is_grad_enabled():
-            _warn_once(entry.model)
+        trained = module.training and torch.is_grad_enabled()
+        keys = active_keys(list(entry.model.layers.values()))
+        entry.model.watch.look(span, entry, kwargs, keys, trained)
         if torch.is_grad_enabled():
             _carry_spans(entry.model)
     return args, kwargs
-
-
-def _warn_once(root: Root) -> None:
-    if not root.warned:
-        root.warned = True
-        log.warning(
-            "A causal language model with a ReFT is being trained without labels, so the whole "
-            "sequence is taken for the prompt. If it is not, say where the prompt ends: labels, "
-            "or prompt_mask / prompt_lengths. (label_smoothing_factor and compute_loss_func of "
-            "transformers' Trainer take the labels away from the model.)"
-        )
 
 
 def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
