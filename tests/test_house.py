@@ -22,6 +22,7 @@ ROOMS = (
     "spans",
     "mixed",
     "layers",
+    "heads",
     "layer",
     "controls",
     "composition",

@@ -146,8 +146,8 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if isinstance(config, ReftConfig) and folder.is_dir():
-            object.__setattr__(config, "_checkpoint", folder)
+        if isinstance(config, ReftConfig):
+            object.__setattr__(config, "_checkpoint", folder if folder.is_dir() else None)
         assert isinstance(config, PeftConfig)
         return cast(ReftConfig, config)
 
@@ -155,6 +155,11 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
     def checkpoint(self) -> Path | None:
         """Return the directory that this config was loaded from."""
         return vars(self).get("_checkpoint")
+
+    @property
+    def is_loaded(self) -> bool:
+        """Return whether this config was saved with an adapter."""
+        return "_checkpoint" in vars(self)
 
     @property
     def intervention(self) -> type[Intervention]:

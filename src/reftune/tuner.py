@@ -27,6 +27,7 @@ from reftune.composition import CombinationType, combine
 from reftune.config import ReftConfig
 from reftune.context import options
 from reftune.errors import MergeError, PositionError, ReftConfigError, did_you_mean
+from reftune.heads import WITH_HEAD, add_heads
 from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
 from reftune.layers import decoder_of, find_targets
@@ -76,6 +77,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         self._targets = find_targets(self.model, peft_config)
         for width in set(self._targets.values()):
             peft_config.shape(width)  # raises where the rank does not fit
+        add_heads(self.model, peft_config)
         check_before_injection(peft_config, self._targets)
         return peft_config
 
@@ -264,7 +266,8 @@ def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
     watch_trainers()
     root = _root_of(model)
     root.edits_generated |= config.edit_generated
-    causal_lm = _is_causal_lm(model) or getattr(config.task_type, "value", "") == "CAUSAL_LM"
+    structure = _is_causal_lm(model) and config.task_type not in WITH_HEAD
+    causal_lm = structure or config.task_type == "CAUSAL_LM"
     decoder = decoder_of(model)
     paths = {""}
     for name in root.layers:
