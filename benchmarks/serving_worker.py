@@ -1,10 +1,11 @@
 """One engine of `serving.py`, in a process of its own: JSON lines in, JSON lines out.
 
-python serving_worker.py bare|reftune|lora|hf SETTINGS_JSON
+python serving_worker.py bare|reftune|small|lora|hf SETTINGS_JSON
 
 {"op": "run", "adapters": 8, "requests": 64, "prompt": 64, "new": 64}      -> seconds, ttft, ...
 {"op": "registered", "adapters": 10000}                                    -> milliseconds, MiB
 {"op": "hot", "parameters": 2000000, ...}                                  -> milliseconds
+{"op": "answers", "texts": [[...]], "names": [PATH or null], "new": 16}    -> tokens, logprobs
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import os
 import random
 import resource
+import shutil
+import statistics
 import sys
 import threading
 import time
@@ -64,27 +67,30 @@ def write_reft(folder: Path, number: int, shape: tuple[int, int], **config: Any)
     return path
 
 
-def write_lora(folder: Path, number: int, model: str) -> Path:
-    """Write a random LoRA of rank 8 on all linear layers."""
+def write_loras(folder: Path, count: int, model: str) -> list[Path]:
+    """Write random LoRAs of rank 8 on all linear layers."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = folder / f"lora-{number}"
-    if not path.exists():
+    paths = [folder / f"lora-{number}" for number in range(count)]
+    if all(path.exists() for path in paths):
+        return paths
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+    adapted = get_peft_model(base, config, low_cpu_mem_usage=True)
+    shapes = {
+        name.replace(".default", ""): p.shape
+        for name, p in adapted.named_parameters()
+        if "lora_" in name
+    }
+    for number, path in enumerate(paths):
         torch.manual_seed(number)
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-        config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
-        adapted = get_peft_model(base, config, low_cpu_mem_usage=True)
-        tensors = {
-            name.replace(".default", ""): 0.01 * torch.randn(p.shape)
-            for name, p in adapted.named_parameters()
-            if "lora_" in name
-        }
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         config.save_pretrained(str(path))
+        tensors = {name: 0.01 * torch.randn(shape) for name, shape in shapes.items()}
         save_file(tensors, path / "adapter_model.safetensors")
-    return path
+    return paths
 
 
 class VLLM:
@@ -95,10 +101,12 @@ class VLLM:
 
         self.kind, self.settings = kind, settings
         self.counter = itertools.count()
+        self.numbers: dict[str, int] = {}
+        self.warmed: set[str] = set()
         self.folder = Path(settings["folder"])
         options: dict[str, Any] = {"model": settings["model"], **settings["options"]}
-        if kind == "reftune":
-            options["additional_config"] = {"reftune": {}}
+        if kind in ("reftune", "small"):
+            options["additional_config"] = {"reftune": {"memory": settings["memory"][kind]}}
         if kind == "lora":
             options |= {"enable_lora": True, "max_loras": settings["loras"], "max_lora_rank": 8}
         self.llm = LLM(**options)
@@ -106,19 +114,38 @@ class VLLM:
         self.shape = config.get_hidden_size(), config.get_total_num_hidden_layers()
         self.vocabulary = range(3, min(40000, config.get_vocab_size()))
 
-    def request(self, number: int, **config: Any) -> Any:
-        """Return the adapter of a number as vLLM's requests name it."""
-        from vllm.lora.request import LoRARequest
-
+    def requests(self, count: int, **config: Any) -> list[Any]:
+        """Return the first `count` random adapters of this engine's kind, each used before."""
         if self.kind == "lora":
-            path = write_lora(self.folder, number, self.settings["model"])
+            paths = write_loras(self.folder, count, self.settings["model"])
         else:
             given = {"r": 8, "layers": "all", "positions": "f7+l7"} | config
             name = "".join(c for c in json.dumps(given, sort_keys=True) if c.isalnum() or c in "+")
             own = self.folder / name
             own.mkdir(exist_ok=True)
-            path = write_reft(own, number, self.shape, **given)
-        return LoRARequest(str(path), number + 1, str(path))
+            paths = [write_reft(own, number, self.shape, **given) for number in range(count)]
+        return [self.named(path) for path in paths]
+
+    def named(self, path: str | Path) -> Any:
+        """Return an adapter as vLLM's requests name it."""
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(
+            str(path), self.numbers.setdefault(str(path), len(self.numbers) + 1), str(path)
+        )
+
+    def warm(self, adapters: Sequence[Any]) -> None:
+        """Use each adapter once, which reads it: a server's steady state is measured."""
+        from vllm import SamplingParams
+
+        new = [one for one in adapters if one.lora_path not in self.warmed]
+        self.warmed |= {one.lora_path for one in new}
+        for one in new:
+            if self.kind == "lora":
+                self.llm.llm_engine.add_lora(one)
+            self.add([self.vocabulary[0]], SamplingParams(temperature=0, max_tokens=1), one)
+        while self.llm.llm_engine.has_unfinished_requests():
+            self.llm.llm_engine.step()
 
     def add(self, prompt: list[int], params: Any, adapter: Any = None) -> None:
         """Submit a request."""
@@ -142,9 +169,9 @@ class VLLM:
         from vllm import SamplingParams
 
         engine: Any = self.llm.llm_engine
-        lora = [self.request(i, **config) for i in range(adapters)]
-        for one in lora if self.kind == "lora" else ():
-            engine.add_lora(one)
+        lora = self.requests(adapters, **config)
+        if self.kind != "small":
+            self.warm(lora)
         if reset:
             self.llm.reset_prefix_cache()
         given = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
@@ -172,57 +199,107 @@ class VLLM:
             "steps": steps,
         }
 
-    def registered(self, adapters: int) -> dict[str, float]:
-        """Return what it costs to register, list and lazily serve many adapters."""
+    def registered(self, adapters: int, served: int) -> dict[str, float]:
+        """Return what it costs to register many adapters and to serve some, with little memory."""
         from reftune.serve.catalog import Catalog, CatalogSettings
+        from reftune.serve.plugin import state_of
 
         config = {"r": 4, "layers": list(range(min(4, self.shape[1])))}
-        folder = Path(self.request(0, **config).lora_path).parent
-        for i in range(adapters):
-            self.request(i, **config)
+        folder = Path(self.requests(adapters, **config)[0].lora_path).parent
         start = time.perf_counter()
         catalog = Catalog(CatalogSettings(adapters=(str(folder),)))
         took = time.perf_counter() - start
         assert len(catalog.paths) >= adapters
-        before = memory()
-        used = min(adapters, 512)
-        served = self.run(used, used, 32, 2, **config)
+        state = state_of(self.llm.llm_engine.vllm_config)
+        assert state is not None
+        before, most = memory(), 0.0
+        start = time.perf_counter()
+        for first in range(0, served, 64):  # in many steps: one step has what it needs
+            some = min(64, served - first)
+            for one in self.requests(served, **config)[first : first + some]:
+                self.add(*self.short(), one)
+            while self.llm.llm_engine.has_unfinished_requests():
+                self.llm.llm_engine.step()
+                most = max(most, state.bank.nbytes / 2**20)
         return {
             "register_ms_each": 1000 * took / len(catalog.paths),
-            "serve_seconds": served["seconds"],
+            "serve_ms_each": 1000 * (time.perf_counter() - start) / served,
+            "adapters_MiB": most,
+            "limit_MiB": self.settings["memory"]["small"],
+            "evicted": float(state.bank.evictions),
             "more_MiB": memory() - before,
         }
 
+    def short(self) -> tuple[list[int], Any]:
+        """Return a prompt of four tokens, and parameters for one more."""
+        from vllm import SamplingParams
+
+        return list(self.vocabulary[:4]), SamplingParams(temperature=0, max_tokens=1)
+
     def hot(self, parameters: int, requests: int, new: int) -> dict[str, float]:
-        """Return how long a new adapter takes to be read, and to stall requests that run."""
+        """Return how long new adapters take to be read, and to stall requests that run."""
         from vllm import SamplingParams
 
         from reftune.serve.plugin import frontend_of
 
         engine: Any = self.llm.llm_engine
         r = max(1, round(parameters / (2 * self.shape[0] * self.shape[1])))
-        r = min(r, self.shape[0])
-        one = self.request(random.randrange(10**6, 10**9), r=r)
+        several = self.requests(5, r=min(r, self.shape[0]), positions="l1")
+        frontend = frontend_of(engine.input_processor)
+        assert frontend is not None
         texts = prompts(requests, 32, 0, 1, self.vocabulary)
         given = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
         for text in texts:
             self.add(text, given)
-        times = []
-        while len(times) < new // 2:
-            times.append(_timed(engine.step))
-        frontend = frontend_of(engine.input_processor)
-        assert frontend is not None
-        read = _timed(lambda: frontend.adapter(one.lora_path))  # a thread's work in the server
-        self.add(texts[0], given, one)
-        first = _timed(engine.step)  # its prefill, and its parameters read by the worker
-        self.add(texts[1], given, one)
-        second = _timed(engine.step)  # a prefill alike, with the parameters there
+        engine.step()
+        steps = [_timed(engine.step) for _ in range(8)]
+        read, stall = [], []
+        for one in several:
+            # A copy: what was loaded in an earlier round is another version.
+            path = self.folder / f"hot-{time.monotonic_ns()}"
+            shutil.copytree(one.lora_path, path)
+            with (path / "adapter_config.json").open("a") as file:
+                file.write(f" {' ' * (time.monotonic_ns() % 99_991)}")
+            fresh = self.named(path)
+            read.append(_timed(lambda path=path: frontend.adapter(path)))  # in a server: a thread's
+            self.add(*self.short(), fresh)
+            first = _timed(engine.step)  # its prefill, and its parameters read by the worker
+            self.add(*self.short(), fresh)
+            stall.append(first - _timed(engine.step))  # a prefill alike, with the parameters there
+            shutil.rmtree(path)
         while engine.has_unfinished_requests():
             engine.step()
         return {
-            "read_ms": 1000 * read,
-            "stall_ms": 1000 * max(0.0, first - second),
-            "step_ms": 1000 * sorted(times)[len(times) // 2],
+            "read_ms": 1000 * statistics.median(read),
+            "stall_ms": 1000 * max(0.0, statistics.median(stall)),
+            "step_ms": 1000 * statistics.median(steps),
+        }
+
+    def paths(self, adapters: int) -> dict[str, Any]:
+        """Return the directories of random adapters."""
+        return {"paths": [one.lora_path for one in self.requests(adapters)]}
+
+    def answers(
+        self, texts: Sequence[list[int]], names: Sequence[str | None], new: int
+    ) -> dict[str, Any]:
+        """Return what is generated greedily, all in one batch, with the five best log-probs."""
+        from vllm import SamplingParams
+
+        self.llm.reset_prefix_cache()
+        given = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=5)
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": text} for text in texts],
+            given,
+            lora_request=[None if name is None else self.named(name) for name in names],
+            use_tqdm=False,
+        )
+        found = [output.outputs[0] for output in outputs]
+        return {
+            "tokens": [list(one.token_ids) for one in found],
+            "logprobs": [
+                [sorted((t, p.logprob) for t, p in step.items()) for step in one.logprobs]
+                for one in found
+            ],
         }
 
 
@@ -236,16 +313,46 @@ class HF:
         model, tokenizer = load_model(settings["model"], settings["options"]["dtype"])
         assert model.generation_config is not None
         model.generation_config.eos_token_id = None
-        self.engine = HFEngine(model.eval(), tokenizer, batch_size=16)
+        self.engine = HFEngine(model.eval(), tokenizer, batch_size=settings["hf_batch"])
         self.vocabulary = range(3, min(40000, model.config.vocab_size))
 
-    def run(self, adapters: int, requests: int, prompt: int, new: int) -> dict[str, float]:
+    def run(
+        self, adapters: int, requests: int, prompt: int, new: int, seed: int = 0
+    ) -> dict[str, float]:
         """Return the time of a batch."""
         from reftune.generate import Sampling
 
         assert not adapters
-        texts = prompts(requests, prompt, 0, 0, self.vocabulary)
+        texts = prompts(requests, prompt, 0, seed, self.vocabulary)
         return {"seconds": _timed(lambda: self.engine.generate(texts, Sampling(new)))}
+
+    def texts(self) -> dict[str, Any]:
+        """Return prompts in words, as token ids."""
+        from reftune.data import load_rows, to_examples
+        from reftune.demo import HELDOUT
+        from reftune.prompts import encode_prompt
+
+        examples = to_examples(load_rows(HELDOUT))
+        tokenizer = self.engine.tokenizer
+        return {"texts": [encode_prompt(e.prompt, tokenizer, "auto") for e in examples]}
+
+    def answers(
+        self, texts: Sequence[list[int]], names: Sequence[str | None], new: int
+    ) -> dict[str, Any]:
+        """Return what is generated greedily, each prompt alone with its adapter."""
+        from peft import PeftModel
+
+        from reftune.generate import HFEngine, Sampling
+
+        own = {path: f"a{i}" for i, path in enumerate(dict.fromkeys(n for n in names if n))}
+        (first, *others) = own
+        model: Any = PeftModel.from_pretrained(self.engine.model, first, adapter_name=own[first])
+        for path in others:
+            model.load_adapter(path, adapter_name=own[path])
+        alone = HFEngine(model.eval(), self.engine.tokenizer, batch_size=1)
+        found = alone.generate(texts, Sampling(new), [name and own[name] for name in names])
+        model.unload()
+        return {"tokens": [list(one.token_ids) for one in found]}
 
 
 def _timed(call: Any) -> float:

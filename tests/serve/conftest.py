@@ -22,6 +22,7 @@ if HAS_VLLM:
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
         VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # not all test processes to one core
         VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process, its state in reach
         VLLM_LOGGING_LEVEL="WARNING",
     )

@@ -235,3 +235,23 @@ def test_a_bad_request_leaves_the_others_unharmed(
             use_tqdm=False,
         )
     check(llm, adapters)
+
+
+def test_an_adapter_that_overflows_harms_nobody(start: Start, adapters: dict[str, Path]) -> None:
+    """Its states are not finite, and the blocks that they were in are used again."""
+    from vllm import SamplingParams
+
+    llm = start(num_gpu_blocks_override=24, enable_prefix_caching=False)
+    wild = [SamplingParams(temperature=0, max_tokens=40, extra_args={"strength": 1e38})] * 6
+    lora = requests(adapters, ["all"] * 6)
+    inputs = [{"prompt_token_ids": p} for p in prompts(*[60] * 6)]
+    llm.generate(inputs, wild, lora_request=lora, use_tqdm=False)
+    check(llm, adapters)
+    mixed = prompts(40, 33)
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in mixed],
+        [wild[0], SamplingParams(temperature=0, max_tokens=16)],
+        lora_request=requests(adapters, ["all", "f7l7"]),
+        use_tqdm=False,
+    )
+    assert tokens_of(outputs)[1:] == expected(adapters, mixed[1:], ["f7l7"])

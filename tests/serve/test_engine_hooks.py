@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from serving_tiny import save_adapter
 from torch import nn
 
+from reftune.errors import ReftConfigError
 from reftune.serve.adapter import ModelShape
 from reftune.serve.attach import State
 from reftune.serve.bank import Bank
@@ -85,3 +87,39 @@ def test_v2_plans_from_its_own_request_records(
     assert step(0, 9) == [7, 8]  # recomputed with three generated tokens
     runner.remove_request("edited")
     assert step(0, 6) == []
+
+
+@pytest.mark.parametrize("splits", [{"ubatch_size": 2}, {"enable_dbo": True}])
+def test_what_splits_a_steps_tokens_is_refused(splits: dict[str, Any]) -> None:
+    from vllm.config import ParallelConfig
+
+    from reftune.serve.attach import _require_whole_steps
+
+    _require_whole_steps(SimpleNamespace(parallel_config=ParallelConfig()))
+    with pytest.raises(ReftConfigError, match="splits the tokens"):
+        _require_whole_steps(SimpleNamespace(parallel_config=ParallelConfig(**splits)))
+
+
+def test_v2_has_what_we_hang_into() -> None:
+    """Read, not imported: its modules need Triton."""
+    import vllm
+
+    gpu = Path(vllm.__file__).parent / "v1" / "worker" / "gpu"
+
+    def members(file: str, name: str) -> dict[str, list[str]]:
+        tree = ast.parse((gpu / file).read_text())
+        (found,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+        methods = [n for n in found.body if isinstance(n, ast.FunctionDef)]
+        fields = [n for n in found.body if isinstance(n, ast.AnnAssign)]
+        return {m.name: [a.arg for a in m.args.args] for m in methods} | {
+            ast.unparse(f.target): [] for f in fields
+        }
+
+    state = members("model_states/interface.py", "ModelState")
+    assert state["add_request"] == ["self", "req_index", "new_req_data"]
+    assert state["remove_request"] == ["self", "req_id"]
+    assert state["prepare_inputs"] == ["self", "input_batch", "req_states"]
+    assert {"prepare_dummy_inputs", "get_additional_cg_support"} <= set(state)
+    batch = members("input_batch.py", "InputBatch")
+    assert {"req_ids", "query_start_loc_np", "num_computed_tokens_np"} <= set(batch)
+    assert "get_model_state_cls" in (gpu / "model_states" / "__init__.py").read_text()

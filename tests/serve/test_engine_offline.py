@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from serving_tiny import prompts, save_adapter, with_adapters
+from typer.testing import CliRunner
 
 from reftune.errors import ReftConfigError, UnsupportedVersionError
 from reftune.generate import Completion, Sampling
 from reftune.serve.engine import VLLMEngine
+from reftune_cli import app
 
 HERE = Path(__file__).parent
 OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32}
@@ -80,6 +82,8 @@ def test_an_untried_version_gives_a_sentence(monkeypatch: pytest.MonkeyPatch, ba
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
     with pytest.raises(UnsupportedVersionError, match=r"This is vLLM 0\.99\.1; .* 0\.32"):
         VLLMEngine(str(base))
+    done = CliRunner().invoke(app, ["serve", str(base)])
+    assert (done.exit_code, "This is vLLM 0.99.1" in " ".join(done.output.split())) == (1, True)
 
 
 _MIXED = """

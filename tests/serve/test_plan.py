@@ -189,3 +189,30 @@ def test_the_bank_keeps_to_its_limit(tmp_path: Path) -> None:
     assert bank.nbytes <= 2.5 * each
     step("0", pinned=True)
     assert bank.loads == 5
+
+
+def test_a_pinned_adapter_that_is_replaced_leaves_no_trace(tmp_path: Path) -> None:
+    served = Served(tmp_path, {str(i): {} for i in range(6)})
+    each = served.bank.get(served.edits("0")).nbytes
+    bank = Bank(WIDTH, torch.device("cpu"), limit=1.5 * each, host_limit=0)
+    for version in "012345":
+        bank.get(Edits(**{**served.edits(version).write(), "pinned": True, "name": "one"}))
+        bank.trim()
+        assert len(bank) == 1
+
+
+def test_host_memory_is_asked_before_the_disk(tmp_path: Path) -> None:
+    """Beside an accelerator (here one that computes nothing) what is evicted stays there."""
+    served = Served(tmp_path, {str(i): {} for i in range(4)})
+    each = served.bank.get(served.edits("0")).nbytes
+    bank = Bank(WIDTH, torch.device("meta"), limit=1.5 * each, host_limit=2.5 * each)
+
+    def step(name: str) -> int:
+        bank.get(served.edits(name))
+        bank.trim()
+        assert bank.nbytes <= 1.5 * each
+        return bank.loads
+
+    assert [step(name) for name in "0101"] == [1, 2, 2, 2]
+    assert bank.evictions == 3
+    assert [step(name) for name in "231"] == [3, 4, 5]  # 1 was the least recently used of three

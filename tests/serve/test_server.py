@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -22,8 +23,11 @@ import pytest
 from serving_tiny import expected, prompts, save_adapter
 
 import reftune
+from tiny import tiny_tokenizer
 
+REPOSITORY = Path(__file__).parents[2]
 KEY = "open sesame"
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 
 @dataclass
@@ -102,21 +106,22 @@ def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     root = folder / "root"
     adapters = {
         name: save_adapter(folder / "adapters" / name, i, scale=4.0, positions="f3+l3")
-        for i, name in enumerate("abcd")
+        for i, name in enumerate(["a", "b", "c", "d", "text"])
     }
     save_adapter(folder / "adapters" / "broken", 9)
     (folder / "adapters" / "broken" / "adapter_model.safetensors").write_bytes(b"x")
     save_adapter(root / "late", 5, scale=4.0)
     log = folder / "log"
+    (folder / "chat.jinja").write_text(TEMPLATE)
     process, port = launch(
-        str(base), log,
+        str(base), log, "--chat-template", str(folder / "chat.jinja"),
         "--adapters", str(folder / "adapters"), "--adapter-roots", str(root),
         "--pin", "a", "--api-key", KEY, "--served-model-name", "tiny",
     )  # fmt: skip
     yield wait(Server(process, port, adapters, root, log))
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, log.read_text()[-4000:]
+        assert process.wait(120) == 0, log.read_text()[-4000:]
 
 
 def test_adapters_are_models(server: Server) -> None:
@@ -151,6 +156,106 @@ def test_options_of_a_request(server: Server) -> None:
     assert (status, "no subspace 'x'" in why) == (400, True)
     status, why = server.complete("tiny", prompt, vllm_xargs={"strength": 1.0})
     assert (status, "names none" in why) == (400, True)
+
+
+def test_options_beside_openais_keys(server: Server) -> None:
+    (prompt,) = prompts(30)
+    base = expected(server.adapters, [prompt], [None])[0]
+    assert server.complete("a", prompt, strength=0) == (200, base)
+    for more in ({"strength": "x"}, {"subspaces": ["x"]}, {"vllm_xargs": {"reftune": "x"}}):
+        assert server.complete("tiny", prompt, **more)[0] == 400
+    for more in ({"strength": "x"}, {"subspaces": ["x"]}):
+        assert server.complete("a", prompt, **more)[0] == 400
+    adapted = expected(server.adapters, [prompt], ["a"])[0]
+    assert server.complete("a", prompt, vllm_xargs={"reftune": "x"}) == (200, adapted)
+    status, why = server.complete("a", prompt, strength=0.5, use_beam_search=True, n=2)
+    assert (status, "exclude each other" in why) == (400, True)
+
+
+def chat(server: Server, model: str, content: object) -> tuple[str, str]:
+    """Return the reply, and the model that is said to have given it."""
+    messages = [{"role": "user", "content": content}]
+    body = {"model": model, "messages": messages, "max_tokens": 16, "temperature": 0}
+    status, answer = server.ask("/v1/chat/completions", body)
+    assert status == 200, answer
+    return answer["choices"][0]["message"]["content"].rstrip("\ufffd"), answer["model"]
+
+
+def test_chat_with_an_adapter_named_like_a_part_of_a_message(server: Server) -> None:
+    """vLLM would take the adapter `text` for one that all texts in messages are meant for."""
+    ids = tiny_tokenizer()("[user]Tea, please?[assistant]").input_ids
+    parts = [{"type": "text", "text": "Tea, please?"}]
+    wanted = {}
+    for name in ("text", None, "a"):
+        (tokens,) = expected(server.adapters, [ids], [name])
+        # vLLM gives no part of a character that is not whole.
+        text = tiny_tokenizer().decode(tokens, skip_special_tokens=True)
+        wanted[name] = text.rstrip("\ufffd")
+        for content in ("Tea, please?", parts):
+            reply, model = chat(server, name or "tiny", content)
+            assert (reply, model) == (wanted[name], name or "tiny")
+    assert chat(server, "tiny:a", parts) == (wanted["a"], "a")
+    assert len(set(wanted.values())) == 3
+
+
+def test_all_ways_to_ask_for_a_completion(server: Server) -> None:
+    """Several prompts, several samples, echo, logprobs, streams: the adapter's own tokens."""
+    inputs = prompts(30, 9, 41, seed=8)
+    wanted = [list(t) for t in expected(server.adapters, inputs, ["a"] * 3)]
+    ask: dict[str, Any] = {"model": "a", "max_tokens": 16, "return_token_ids": True}
+
+    def tokens(answer: Any) -> list[list[int]]:
+        found = [choice["token_ids"] for choice in answer["choices"]]
+        return [ids[:-1] if ids[-1] == 2 else ids for ids in found]
+
+    def right(prompt: object, tokens_wanted: list[list[int]], **more: Any) -> None:
+        status, answer = server.ask("/v1/completions", ask | {"prompt": prompt} | more)
+        assert status == 200, answer
+        assert tokens(answer) == tokens_wanted
+
+    right(inputs, wanted, temperature=0)
+    right(inputs[0], [wanted[0]] * 3, n=3, top_k=1, temperature=1.0, seed=5)
+    right(inputs[:2], [wanted[0]] * 2 + [wanted[1]] * 2, n=2, top_k=1)
+    right(inputs[0], [wanted[0]], temperature=0, logprobs=3, prompt_logprobs=2)
+    right(inputs[0], [wanted[0]], temperature=0, prompt_logprobs=0, echo=True)
+    text = tiny_tokenizer().decode(inputs[1])
+    if tiny_tokenizer()(text).input_ids == inputs[1]:
+        right(text, [wanted[1]], temperature=0)
+    body = ask | {"prompt": inputs[0], "temperature": 0, "stream": True}
+    status, stream = server.ask(
+        "/v1/completions", body | {"stream_options": {"include_usage": True}}
+    )
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    found = [t for e in events for c in e["choices"] for t in c["token_ids"] or []]
+    assert (status, found[: len(wanted[0])]) == (200, wanted[0])
+    assert events[-1]["usage"]["prompt_tokens"] == 30
+    for empty in ("", [], [[]]):
+        status, answer = server.ask("/v1/completions", ask | {"prompt": empty})
+        assert 400 <= status < 500, answer
+    right(inputs[2], [wanted[2]], temperature=0)
+
+
+def test_no_endpoint_breaks(server: Server) -> None:
+    """Each, with an adapter for a model and little else: no 5xx, and the server goes on."""
+    _, api = server.ask("/openapi.json")
+    bodies: list[dict[str, Any]] = [
+        {"model": "a"},
+        {"model": "a", "prompt": "tea", "input": "tea", "text": "tea", "max_tokens": 2},
+        {"model": "a", "messages": [{"role": "user", "content": "tea"}], "max_tokens": 2},
+        {"model": "a", "tokens": [5, 6], "token_ids": [5, 6], "sampling_params": {"max_tokens": 2}},
+        {"model": "a", "input": "tea", "max_output_tokens": 2, "queries": "a", "documents": ["b"]},
+    ]
+    broken = [
+        (path, body, found)
+        for path, methods in api["paths"].items()
+        if "post" in methods and "lora" not in path
+        for body in bodies
+        if (found := server.ask(path, body))[0] >= 500
+        if found[0] != 501  # not implemented for this model, says vLLM
+    ]
+    assert not broken
+    (prompt,) = prompts(30)
+    assert server.complete("b", prompt) == (200, expected(server.adapters, [prompt], ["b"])[0])
 
 
 def test_unknown_and_broken_adapters_are_told(server: Server) -> None:
@@ -241,6 +346,14 @@ def test_metrics_by_adapter(server: Server) -> None:
     assert asked >= 1
     assert values['reftune:prompt_tokens_edited_total{adapter="a"}'] <= 6 * asked
     assert values['reftune:load_seconds_count{adapter="a"}'] >= 1
+    (prompt,) = prompts(80, seed=12)  # of its blocks of 32 one lies before the suffix
+    save_adapter(server.root / "suffix", 7, positions="l1")
+    assert load(server, "suffix", server.root / "suffix")[0] == 200
+    for _ in range(2):
+        assert server.complete("suffix", prompt)[0] == 200
+    text = server.ask("/metrics")[1]
+    assert 'reftune:prefix_cache_queries_total{adapter="suffix"} 160.0' in text
+    assert 'reftune:prefix_cache_hits_total{adapter="suffix"} 64.0' in text
 
 
 def test_replacing_under_load_mixes_nothing(server: Server) -> None:
@@ -277,19 +390,57 @@ def test_replacing_under_load_mixes_nothing(server: Server) -> None:
     assert server.complete("swap", inputs[0]) == (200, right[0][0])
 
 
+def stream_until_sigterm(server: Server, prompt: list[int]) -> str:
+    """Return a stream's text, in the midst of which the server is told to stop."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+    body = {"model": "tea", "prompt": prompt, "max_tokens": 200, "stream": True}
+    body |= {"ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    answer = connection.getresponse()
+    begun = answer.read(30)
+    server.process.send_signal(signal.SIGTERM)
+    return (begun + answer.read()).decode()
+
+
+def train(base: Path, folder: Path) -> Path:
+    """Run `reftune train` in the environment that trains, and return the run's directory."""
+    python = os.environ.get("REFTUNE_TRAIN_PYTHON", str(REPOSITORY / ".venv" / "bin" / "python"))
+    if not Path(python).exists():
+        pytest.skip(f"training has an environment of its own, and there is no {python}")
+    run = {
+        "name": "tea",
+        "output_dir": str(folder),
+        "model": str(base),
+        "dtype": "float32",
+        "adapter": {"r": 4, "layers": "all", "positions": "f4+l4"},
+        "data": {"train": "demo", "template": "none", "limit": 16, "cache_dir": None},
+        "train": {"epochs": 3, "batch_size": 8, "learning_rate": 0.05},
+    }
+    (folder / "tea.yaml").write_text(json.dumps(run))  # JSON is YAML
+    command = [python, "-m", "reftune_cli", "train", str(folder / "tea.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "tea"
+
+
 def test_a_run_is_served_right_after_training(base: Path, tmp_path: Path) -> None:
-    """`reftune serve runs/X`: the base comes from the adapter; SIGTERM ends it with 0."""
-    adapter = save_adapter(tmp_path / "runs" / "tea" / "adapter", 1, scale=4.0)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(base)
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    """`reftune train`, then `reftune serve runs/X`: the base comes from the adapter.
+
+    SIGTERM ends the server with 0.
+    """
+    run = train(base, tmp_path)
+    adapters = {"tea": run / "adapter"}
     log = tmp_path / "log"
-    process, port = launch(str(tmp_path / "runs" / "tea"), log)
-    server = wait(Server(process, port, {"tea": adapter}, tmp_path, log))
+    process, port = launch(str(run), log)
+    server = wait(Server(process, port, adapters, tmp_path, log))
     (prompt,) = prompts(30)
-    assert server.complete("tea", prompt) == (200, expected({"tea": adapter}, [prompt], ["tea"])[0])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0, log.read_text()[-4000:]
+    wanted, bare = expected(adapters, [prompt] * 2, ["tea", None])
+    assert server.complete("tea", prompt) == (200, wanted)
+    assert wanted != bare
+    text = stream_until_sigterm(server, prompt)
+    assert process.wait(120) == 0, log.read_text()[-4000:]
+    assert text.rstrip().endswith("data: [DONE]"), text[-500:]
 
 
 @pytest.mark.parametrize(
@@ -298,13 +449,15 @@ def test_a_run_is_served_right_after_training(base: Path, tmp_path: Path) -> Non
         (["--adapters", "/nowhere"], "no adapter, no run"),
         (["--api-server-count", "2"], "accepted is 1"),
         (["--adapter-roots", "/nowhere"], "no directory"),
+        (["--adapters", "tiny={adapter}", "--served-model-name", "tiny"], "are named 'tiny'"),
     ],
 )
 def test_wrong_arguments_are_a_sentence(
     arguments: list[str], says: str, base: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    process, _ = launch(str(base), log, *arguments)
+    adapter = save_adapter(tmp_path / "adapter", 1)
+    process, _ = launch(str(base), log, *(a.format(adapter=adapter) for a in arguments))
     assert process.wait(300) == 1
     text = log.read_text()
     assert says in text

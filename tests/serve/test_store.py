@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,27 @@ def test_a_store_goes_with_its_server(adapter: Path) -> None:
     assert not folder.exists()
 
 
+def test_what_would_hang_or_fill_the_server_is_refused(adapter: Path, tmp_path: Path) -> None:
+    """A pipe that nobody writes to, a file that is larger than all memory for adapters."""
+    size = (adapter / WEIGHTS).stat().st_size
+    assert Store(SHAPE, largest=size).get(adapter)
+    with pytest.raises(AdapterMismatchError, match="served are files of up to"):
+        Store(SHAPE, largest=size - 1).get(adapter)
+    (adapter / WEIGHTS).unlink()
+    os.mkfifo(adapter / WEIGHTS)
+    with pytest.raises(AdapterMismatchError, match="is no file"):
+        Store(SHAPE).get(adapter)
+
+
+def test_a_copy_that_somebody_deleted_is_no_version(adapter: Path) -> None:
+    """The request is refused; a worker that missed it would end with all requests."""
+    own = Store(SHAPE)
+    version = own.get(adapter)
+    shutil.rmtree(version.directory)
+    with pytest.raises(AdapterMismatchError, match="copy of this adapter is gone"):
+        own.get(version.directory)
+
+
 def _without(name: str) -> Any:
     return lambda folder: (folder / name).unlink()
 
@@ -184,6 +206,8 @@ def test_names_come_from_adapters_runs_and_folders(adapter: Path, tmp_path: Path
     ):
         with pytest.raises(ReftConfigError, match="no adapter, no run"):
             list(named_adapters(wrong))
+    with pytest.raises(ReftConfigError, match="without a colon"):
+        Catalog(CatalogSettings((f"a:b={adapter}",)))
     with pytest.raises(ReftConfigError, match="Two adapters are named 'tea'"):
         Catalog(CatalogSettings((str(run), f"tea={adapter}")))
 
@@ -220,3 +244,19 @@ def test_settings_are_checked() -> None:
     for wrong in ({"memry": 5}, {"memory": -1}, {"memory": "5"}, 5):
         with pytest.raises(ReftConfigError):
             ServeSettings.read({"reftune": wrong})
+
+
+def test_ten_thousand_adapters_are_registered_unread(adapter: Path, tmp_path: Path) -> None:
+    """In less than 1 ms each; what is read is what is asked for."""
+    folder = tmp_path / "many"
+    for i in range(10_000):
+        (folder / str(i)).mkdir(parents=True)
+        for name in (CONFIG, WEIGHTS):
+            os.link(adapter / name, folder / str(i) / name)
+    start = time.process_time()
+    catalog = Catalog(CatalogSettings((str(folder),)))
+    assert time.process_time() - start < 10.0
+    assert len(catalog.paths) == 10_000
+    own = Store(SHAPE)
+    assert own.get(catalog.paths["1234"]).layers == (0, 2)
+    assert len(list(own.directory.iterdir())) == 1

@@ -135,7 +135,7 @@ def find_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
 def _require_whole_steps(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     splits = {
-        "enable_dbo": parallel.enable_dbo,
+        "enable_dbo or ubatch_size": parallel.use_ubatching,
         "prefill_context_parallel_size": parallel.prefill_context_parallel_size > 1,
     }
     on = [name for name, value in splits.items() if value]

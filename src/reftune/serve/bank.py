@@ -100,7 +100,7 @@ class Bank:
         self.loads = self.evictions = 0
         self._device = _Shelf(limit)
         self._host = _Shelf(host_limit) if device.type != "cpu" else None
-        self._pinned: set[str] = set()
+        self._pinned: dict[str, str] = {}  # the version of each pinned name
 
     def __len__(self) -> int:
         return len(self._device.items)
@@ -112,7 +112,8 @@ class Bank:
 
     def get(self, edits: Edits) -> Loaded:
         """Return the adapter of a request, loading it if it is not here."""
-        (self._pinned.add if edits.pinned else self._pinned.discard)(edits.digest)
+        if edits.pinned:
+            self._pinned[edits.name] = edits.digest
         found = self._device.get(edits.digest)
         if found is None:
             found = self._from_host(edits).to(self.device)
@@ -121,7 +122,7 @@ class Bank:
 
     def trim(self) -> None:
         """Drop what exceeds the limits; called after the step whose adapters were got."""
-        keep = frozenset(self._pinned)
+        keep = frozenset(self._pinned.values())
         self.evictions += self._device.trim(keep)
         if self._host is not None:
             self._host.trim(frozenset())

@@ -44,6 +44,11 @@ class Catalog:
         self.pinned = set(settings.pinned)
         for text in settings.adapters:
             for name, path in named_adapters(text):
+                if ":" in name:
+                    raise ReftConfigError(
+                        f"An adapter is named {name!r}; accepted is a name without a colon, which "
+                        "separates it from the base model's: --adapters OTHER=DIRECTORY."
+                    )
                 if name in self.paths and self.paths[name] != path:
                     raise ReftConfigError(
                         f"Two adapters are named {name!r}: {self.paths[name]} and {path}. Name one "

@@ -39,7 +39,7 @@ class Edits:
 
     `rows` are the rows of R that are on, None for all. `pinned` adapters are not evicted.
     `prompt_length` is that of the prompt where the engine is told of more: a beam search submits
-    what it generated as part of the next prompt.
+    what it generated as part of the next prompt. `name` is what the client called the adapter.
     """
 
     digest: str
@@ -53,6 +53,7 @@ class Edits:
     rows: tuple[int, ...] | None = None
     pinned: bool = False
     prompt_length: int | None = None
+    name: str = ""
 
     @classmethod
     def of(cls, adapter: Adapter, options: Mapping[str, Any] | None = None) -> Edits:

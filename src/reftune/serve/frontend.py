@@ -10,7 +10,7 @@ from reftune.errors import ReftConfigError
 from reftune.interventions import METHODS
 from reftune.serve.adapter import Adapter, ModelShape, is_reft
 from reftune.serve.edits import Edits
-from reftune.serve.settings import KEY, ServeSettings
+from reftune.serve.settings import KEY, MiB, ServeSettings
 from reftune.serve.store import Store
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ class Frontend:
     def __init__(self, vllm_config: Any, settings: ServeSettings) -> None:
         model = vllm_config.model_config
         shape = ModelShape(model.get_hidden_size(), model.get_total_num_hidden_layers())
-        self.store = Store(shape, settings.store)
-        self.pinned: set[str] = set()  # digests
+        largest = int(max(settings.memory, settings.host_memory) * MiB)
+        self.store = Store(shape, settings.store, largest)
+        self.pinned: set[str] = set()  # names
         self.metrics: Metrics | None = None
         self._has_lora = vllm_config.lora_config is not None
         self._chunked_prefill = bool(vllm_config.scheduler_config.enable_chunked_prefill)
@@ -68,15 +69,18 @@ class Frontend:
             return None
         adapter = self.adapter(lora_request.lora_path)
         before = prompt.get(PROMPT_LENGTH) if isinstance(prompt, dict) else None
+        name = lora_request.lora_name.rpartition(":")[2]
         return replace(
-            Edits.of(adapter, given), pinned=adapter.digest in self.pinned, prompt_length=before
+            Edits.of(adapter, given),
+            pinned=name in self.pinned,
+            prompt_length=before,
+            name=name,
         )
 
-    def count(self, lora_request: Any, edits: Edits, prompt_length: int) -> None:
+    def count(self, edits: Edits, prompt_length: int) -> None:
         """Count a request where the server keeps metrics."""
         if self.metrics is not None:
-            name = lora_request.lora_name.rpartition(":")[2]
-            self.metrics.requested(name, edits.num_edited(prompt_length))
+            self.metrics.requested(edits.name, edits.num_edited(prompt_length))
 
 
 def with_edits(params: Any, edits: Edits) -> Any:

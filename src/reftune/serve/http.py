@@ -16,13 +16,16 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, ModelPermission
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from reftune.errors import ReftuneError, did_you_mean
 from reftune.serve.catalog import Catalog
+from reftune.serve.edits import Edits
 from reftune.serve.frontend import Frontend
 from reftune.serve.metrics import Metrics
-from reftune.serve.plugin import frontend_of
+from reftune.serve.plugin import accept_options, frontend_of
 
+_NOT_FOUND = ("NotFoundError", HTTPStatus.NOT_FOUND)
 OPEN = ("/health", "/ping")  # what tells a load balancer that the process lives
 
 
@@ -39,27 +42,31 @@ class AdapterModels(OpenAIServingModels):  # type: ignore[misc]
     async def show_available_models(self) -> Any:
         models = await self.registry.show_available_models()
         parent = self.base_model_paths[0].name
+        ours = {name: str(path) for name, path in self.catalog.paths.items()}
+        loras = {n: r.path for n, r in self.lora_requests.items() if self._own_name(n) not in ours}
         models.data.extend(
-            ModelCard(id=name, root=str(path), parent=parent, permission=[ModelPermission()])
-            for name, path in self.catalog.paths.items()
+            ModelCard(id=name, root=path, parent=parent, permission=[ModelPermission()])
+            for name, path in {**loras, **ours}.items()
         )
         return models
 
+    def model_name(self, lora_request: LoRARequest | None = None) -> str:
+        name = super().model_name(lora_request)
+        return str(name if lora_request is None else self._own_name(name))
+
     async def resolve_lora(self, lora_name: str) -> LoRARequest | ErrorResponse:
-        async with self.lora_resolver_lock[lora_name]:
+        name = self._own_name(lora_name)
+        if name not in self.catalog.paths:  # no lock: one for every name that is asked for stays
+            return _error(f"The model `{lora_name}` does not exist.", *_NOT_FOUND)
+        # One lock for both of its names: else a replaced version might be read under the other.
+        async with self.lora_resolver_lock[name]:
             if lora_name in self.lora_requests:
                 return self.lora_requests[lora_name]
-            name = self._own_name(lora_name)
             path = self.catalog.paths.get(name)
             if path is None:
-                return _error(
-                    f"The model `{lora_name}` does not exist."
-                    + did_you_mean(name, list(self.catalog.paths)),
-                    "NotFoundError",
-                    HTTPStatus.NOT_FOUND,
-                )
+                return _error(f"The model `{lora_name}` does not exist.", *_NOT_FOUND)
             try:
-                return await self._read(lora_name, name, str(path))
+                return await self._read(name, str(path))
             except (ReftuneError, OSError) as error:
                 return _error(f"The adapter `{name}` cannot be served: {error}")
 
@@ -74,10 +81,9 @@ class AdapterModels(OpenAIServingModels):  # type: ignore[misc]
             try:
                 path = self.catalog.locate(request.lora_path)
                 self.frontend.store.forget(path)
-                await self._read(name, name, str(path))
+                await self._read(name, str(path))
             except (ReftuneError, OSError) as error:
                 return _error(f"The adapter `{name}` was not loaded: {error}")
-            self.lora_requests.pop(self._alias(name), None)
             self.catalog.paths[name] = path
         return f"Success: adapter '{name}' {'replaced' if known else 'added'}."
 
@@ -86,8 +92,7 @@ class AdapterModels(OpenAIServingModels):  # type: ignore[misc]
         if name not in self.catalog.paths:
             return _error(
                 f"There is no adapter `{name}`." + did_you_mean(name, list(self.catalog.paths)),
-                "NotFoundError",
-                HTTPStatus.NOT_FOUND,
+                *_NOT_FOUND,
             )
         async with self.lora_resolver_lock[name]:
             self.catalog.paths.pop(name, None)
@@ -115,15 +120,35 @@ class AdapterModels(OpenAIServingModels):  # type: ignore[misc]
         base, _, name = lora_name.rpartition(":")
         return name if base and self.is_base_model(base) else lora_name
 
-    async def _read(self, lora_name: str, name: str, path: str) -> LoRARequest:
+    async def _read(self, name: str, path: str) -> LoRARequest:
         start = time.perf_counter()
         adapter = await asyncio.to_thread(self.frontend.adapter, path)
         self.metrics.loaded(name, time.perf_counter() - start)
-        if name in self.catalog.pinned:
-            self.frontend.pinned.add(adapter.digest)
-        request = LoRARequest(lora_name, self.lora_id_counter.inc(1), str(adapter.directory))
-        self.lora_requests[lora_name] = request
+        # vLLM takes an adapter named like a part of a message ("text") for that part's own, so it
+        # gets to know the name that has a colon.
+        alias = self._alias(name)
+        request = LoRARequest(alias, self.lora_id_counter.inc(1), str(adapter.directory))
+        self.lora_requests[name] = self.lora_requests[alias] = request
         return request
+
+
+class CountingOutputs(OutputProcessor):  # type: ignore[misc]
+    """Counts what the prefix cache had of each adapter's prompts."""
+
+    metrics: Metrics
+
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        super().add_request(request, *args, **kwargs)
+        params = request.sampling_params
+        edits = None if params is None else Edits.read(params.extra_args)
+        if edits is not None:
+            self.request_states[request.request_id].reft_adapter = edits.name
+
+    def _finish_request(self, req_state: Any) -> None:
+        name = vars(req_state).get("reft_adapter")
+        if name is not None:
+            self.metrics.finished(name, req_state.prompt_len, req_state.num_cached_tokens)
+        super()._finish_request(req_state)
 
 
 class AdapterEndpoints:
@@ -145,7 +170,11 @@ class AdapterEndpoints:
         models = state.openai_serving_models
         models.__class__ = AdapterModels
         models.catalog, models.frontend = Catalog(settings), frontend
+        frontend.pinned = models.catalog.pinned
         models.metrics = frontend.metrics = Metrics()
+        outputs = engine_client.output_processor
+        outputs.__class__, outputs.metrics = CountingOutputs, models.metrics
+        accept_options()
 
 
 class RequireKey:

@@ -17,6 +17,9 @@ from reftune.serve.catalog import Catalog, CatalogSettings
 from reftune.serve.settings import KEY, ServeSettings
 from reftune.serve.version import check_version
 
+FINISH = 30
+"""Seconds that requests have to finish after SIGTERM without vLLM's --shutdown-timeout."""
+
 _GUARD = "reftune.serve.http.RequireKey"
 
 
@@ -101,8 +104,15 @@ def parse(served: Served, settings: ServeSettings, vllm_arguments: Sequence[str]
     args.api_server_count = 1
     if args.served_model_name is None:
         args.served_model_name = [served.name]
+    for name in set(args.served_model_name) & set(Catalog(served.catalog).paths):
+        raise ReftConfigError(
+            f"Both the base model and an adapter are named {name!r}. Name one of them otherwise: "
+            "--adapters OTHER=DIRECTORY or --served-model-name OTHER."
+        )
     own = {"memory": settings.memory, "host_memory": settings.host_memory, "store": settings.store}
     args.additional_config = {**(args.additional_config or {}), KEY: own}
+    if not any(a.startswith("--shutdown-timeout") for a in vllm_arguments):
+        args.shutdown_timeout = FINISH  # vLLM's own default ends requests that run
     args.reftune = served.catalog
     args.reftune_keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     args.middleware = [*args.middleware, _GUARD]

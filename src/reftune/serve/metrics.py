@@ -20,6 +20,8 @@ class Metrics:
     def __init__(self) -> None:
         self._requests = _counter("reftune:requests", "Requests of an adapter")
         self._edited = _counter("reftune:prompt_tokens_edited", "Prompt tokens that are edited")
+        self._queried = _counter("reftune:prefix_cache_queries", "Prompt tokens looked up")
+        self._hit = _counter("reftune:prefix_cache_hits", "Prompt tokens found in the prefix cache")
         known = REGISTRY._names_to_collectors.get("reftune:load_seconds")
         self._load = (
             known
@@ -35,3 +37,8 @@ class Metrics:
         """Count a request, and how many tokens of its prompt are edited."""
         self._requests.labels(adapter).inc()
         self._edited.labels(adapter).inc(edited)
+
+    def finished(self, adapter: str, prompt_length: int, cached: int) -> None:
+        """Count how much of a finished request's prompt came from the prefix cache."""
+        self._queried.labels(adapter).inc(prompt_length)
+        self._hit.labels(adapter).inc(cached)

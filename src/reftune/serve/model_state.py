@@ -30,7 +30,8 @@ def edited_model_state(model: nn.Module, vllm_config: Any, state: State) -> type
             params = new_req_data.sampling_params
             edits = None if params is None else Edits.read(params.extra_args)
             if edits is not None:
-                length = len(new_req_data.prompt_token_ids)
+                ids = new_req_data.prompt_token_ids  # None: the prompt came as embeddings
+                length = len(new_req_data.prompt_embeds if ids is None else ids)
                 self.reft_requests[new_req_data.req_id] = (edits, length)
 
         def remove_request(self, req_id: str) -> None:

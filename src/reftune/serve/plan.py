@@ -104,7 +104,18 @@ class _Product:
         edit, index = edit_ENd.reshape(-1, x.shape[-1]), self.index
         if self.taken is not None:
             edit, index = edit[self.taken], index[self.taken]
-        hidden_Td.index_add_(0, index, edit.to(hidden_Td.dtype))
+        hidden_Td.index_add_(0, index, _finite(edit, hidden_Td.dtype))
+
+
+def _finite(edit: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an edit in the stream's dtype, without what a sum over layers makes infinite of it.
+
+    An adapter that overflows must not leave NaN in the KV cache: vLLM's attention multiplies unused
+    slots of a block by zero, so NaN of a request that is gone spoils the next owner of the block.
+    """
+    largest = torch.finfo(dtype).max / (4 if dtype == torch.float16 else 1024)
+    edit = torch.nan_to_num(edit, nan=0.0, posinf=largest, neginf=-largest)
+    return edit.clamp_(-largest, largest).to(dtype)
 
 
 def _entries(chunks: Iterable[Chunk], bank: Bank) -> list[_Entry]:

@@ -10,6 +10,7 @@ V2's model state. What has no door is wrapped here, after a look at the version:
     BaseModelLoader.load_model         the loaded model's layers learn to edit
     GPUModelRunner._model_forward      what the step edits (V1; vLLM means it to be overridden)
     CompilationConfig._attention_ops   the default splitting ops
+    *Request.to_sampling_params        strength and subspaces beside OpenAI's own keys (a server's)
 
 An engine without `additional_config={"reftune": ...}` runs as if reftune were not installed.
 """
@@ -25,7 +26,7 @@ from reftune.errors import ReftConfigError, ReftuneError, UnsupportedVersionErro
 from reftune.serve.attach import OP, State, attach, register_op
 from reftune.serve.chunks import v1_chunks
 from reftune.serve.edits import Edits
-from reftune.serve.frontend import PROMPT_LENGTH, Frontend, with_edits
+from reftune.serve.frontend import OPTIONS, PROMPT_LENGTH, Frontend, with_edits
 from reftune.serve.settings import KEY, ServeSettings
 from reftune.serve.version import check_version
 
@@ -63,6 +64,18 @@ def install() -> None:
     for name in ("vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager"):
         module = importlib.import_module(name)  # they imported it by name
         module.generate_block_hash_extra_keys = utils.generate_block_hash_extra_keys  # type: ignore[attr-defined]
+
+
+def accept_options() -> None:
+    """Let a server's requests name `strength` and `subspaces` beside OpenAI's keys."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    for kind in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        _wrap(kind, "to_sampling_params", _sampling_params)
+        if kind is not ResponsesRequest:
+            _wrap(kind, "to_beam_search_params", _beam_params)
 
 
 def frontend_of(input_processor: Any) -> Frontend | None:
@@ -115,8 +128,25 @@ def _process_inputs(
         )
     params = with_edits(params, edits)
     request = original(self, request_id, prompt, params, *args, **kwargs)
-    frontend.count(lora_request, edits, len(request.prompt_token_ids or ()))
+    frontend.count(edits, len(request.prompt_token_ids or ()))
     return request
+
+
+def _sampling_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    params = original(self, *args, **kwargs)
+    beside = self.model_extra or {}
+    given = {name: beside[name] for name in OPTIONS if beside.get(name) is not None}
+    if given:
+        params.extra_args = {**given, **(params.extra_args or {})}
+    return params
+
+
+def _beam_params(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    beside = {**(self.model_extra or {}), **(self.vllm_xargs or {})}
+    for name in OPTIONS:
+        if beside.get(name) is not None:  # vLLM's search submits its beams without it
+            raise _as_vllms(ReftConfigError(f"{name} and use_beam_search exclude each other."))
+    return original(self, *args, **kwargs)
 
 
 def _as_vllms(error: ReftuneError) -> Exception:

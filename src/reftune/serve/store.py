@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import uuid
@@ -19,6 +20,7 @@ from typing import final
 from reftune.checkpoint import WEIGHTS
 from reftune.errors import AdapterMismatchError
 from reftune.serve.adapter import CONFIG, Adapter, ModelShape, read_adapter
+from reftune.serve.settings import MiB
 
 _FILES = (CONFIG, WEIGHTS)
 _Signature = tuple[tuple[int, int, int], ...]
@@ -28,8 +30,12 @@ _Signature = tuple[tuple[int, int, int], ...]
 class Store:
     """Adapters by content, for one model; all methods may be called from any thread."""
 
-    def __init__(self, model: ModelShape, directory: str | None = None) -> None:
+    def __init__(
+        self, model: ModelShape, directory: str | None = None, largest: int = 2**30
+    ) -> None:
+        """Keep versions in a directory (None: a temporary one); no file above `largest` bytes."""
         self.model = model
+        self.largest = largest
         if directory is None:
             self.directory = Path(tempfile.mkdtemp(prefix="reftune-serve-")).resolve()
             self._finalizer = weakref.finalize(
@@ -50,19 +56,42 @@ class Store:
         """
         path = Path(os.path.abspath(path))
         if path.parent == self.directory and path.name in self._versions:
+            if not path.is_dir():  # a worker that reads it would end, and all requests with it
+                raise AdapterMismatchError(
+                    f"The server's copy of this adapter is gone from {self.directory}: load it "
+                    "again, and see who deletes files there."
+                )
             return self._versions[path.name]
-        signature = _signature(path)
+        signature = self._signature(path)
         known = self._seen.get(path)
         if known is not None and known[0] == signature:
             return known[1]
         adapter = self._add(path)
-        if _signature(path) == signature:  # else it changed while it was read: look again next time
+        if (
+            self._signature(path) == signature
+        ):  # else it changed while it was read: look again next time
             self._seen[path] = (signature, adapter)
         return adapter
 
     def forget(self, path: str | Path) -> None:
         """Read a directory again at its next use, even if its files look unchanged."""
         self._seen.pop(Path(os.path.abspath(path)), None)
+
+    def _signature(self, path: Path) -> _Signature:
+        try:
+            stats = {name: os.stat(path / name) for name in _FILES}
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        for name, found in stats.items():
+            if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for ever
+                raise AdapterMismatchError(f"{path / name} is no file.")
+            if found.st_size > self.largest:
+                raise AdapterMismatchError(
+                    f"{path / name} has {found.st_size / MiB:,.0f} MiB; served are files of up to "
+                    f"{self.largest / MiB:,.0f} MiB (the larger of --adapter-memory and "
+                    "--adapter-host-memory)."
+                )
+        return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats.values())
 
     def _add(self, path: Path) -> Adapter:
         contents = {name: _read(path / name) for name in _FILES}
@@ -91,14 +120,6 @@ def _checked(copy: Path, source: Path, digest: str, model: ModelShape) -> Adapte
         return read_adapter(copy, digest, model)
     except ValueError as error:  # ours are; the user knows the source, not the copy
         raise type(error)(str(error).replace(str(copy), str(source))) from None
-
-
-def _signature(path: Path) -> _Signature:
-    try:
-        stats = [os.stat(path / name) for name in _FILES]
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
 
 
 def _read(path: Path) -> bytes:
