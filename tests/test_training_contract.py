@@ -12,8 +12,11 @@ from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
     apply_activation_checkpointing,
+    checkpoint_wrapper,
 )
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -185,11 +188,46 @@ def test_a_span_is_carried_where_hooks_are_recomputed(use_reentrant):
     assert_same(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_wrapper_that_recomputes_a_layer_unseen_is_an_error_and_not_another_gradient():
-    model = attach()
+def wrapped(model: PeftModel, impl: CheckpointImpl) -> PeftModel:
     apply_activation_checkpointing(
-        model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer)
+        model,
+        checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=impl),
+        check_fn=lambda module: isinstance(module, LlamaDecoderLayer),
     )
+    return model
+
+
+def test_a_span_is_carried_into_torchs_checkpoint_wrapper():
+    """FSDP's `activation_checkpointing` of accelerate puts it around the layers."""
+    model, data = attach(), batch()
+    loss, expected = step(model, data)
+    wrapped(model, CheckpointImpl.NO_REENTRANT)
+    again, got = step(model, data)
+    assert torch.equal(again, loss)
+    got = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in got.items()}
+    assert_same(got, expected, rtol=1e-4, atol=1e-6)
+
+
+class Recomputing(torch.nn.Module):
+    """A wrapper of a user's own, which reftune knows nothing of."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.layer, *args, use_reentrant=False, **kwargs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_wrapper_that_recomputes_a_layer_unseen_is_an_error_and_not_another_gradient(reentrant):
+    model = attach()
+    layers = model.get_base_model().model.layers
+    if reentrant:
+        model.enable_input_require_grads()
+        wrapped(model, CheckpointImpl.REENTRANT)
+    for number, layer in enumerate([] if reentrant else list(layers)):
+        layers[number] = Recomputing(layer)
     loss = model(**batch()).loss
     with pytest.raises(ReftuneError, match="gradient_checkpointing_enable"):
         loss.backward()

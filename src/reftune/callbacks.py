@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from reftune.distributed import any_of
 from reftune.errors import RunError
 
 CHECKPOINTS = "checkpoints"
@@ -88,13 +89,15 @@ class Spent(NamedTuple):
 
 
 class LogFile(TrainerCallback):
-    """Append what the Trainer logs to a JSONL file, a line at a time."""
+    """Append what the Trainer logs to a JSONL file, a line at a time; one process `writes`."""
 
-    def __init__(self, path: Path, after_step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, after_step: int, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
         lines = path.read_text().splitlines() if path.is_file() and after_step else []
         kept = [line for line in lines if _logged_step(line) <= after_step]
         self._start, self._before = _now(), _logged_spent(kept)
+        if not writes:
+            return
         part = path.with_suffix(".part")
         part.write_text("".join(f"{line}\n" for line in kept))
         os.replace(part, path)
@@ -121,6 +124,8 @@ class LogFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not self._writes:
+            return
         row = {
             "step": state.global_step,
             "time": round(time.time(), 3),
@@ -260,6 +265,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self.asked = any_of(self.asked, args.device)  # all stop at the same step
         if self.asked:
             control.should_save = True
             control.should_training_stop = True

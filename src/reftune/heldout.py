@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from reftune.distributed import is_sharded
 from reftune.prompts import IGNORED_LABEL
 from reftune.tokens import Collator, TokenDataset
 
@@ -28,7 +29,8 @@ def heldout_cross_entropy(
     order = sorted(range(len(data)), key=lambda i: data.lengths[i])
     loss = None
     try:
-        with torch.inference_mode():
+        # FSDP's shards are gathered into tensors that training goes on with
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             for at in range(0, len(order), batch_size):
                 rows = [data[i] for i in order[at : at + batch_size]]
                 batch = {k: t.to(model.device) for k, t in collator(rows).items()}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from reftune.errors import ReftConfigError
-from reftune.orthonormal import OnStiefel, Tracker, retract_all
+from reftune.orthonormal import OnStiefel, Tracker, retract_all, rows_of, watch
 
 Tensors = Mapping[str, Tensor]
 
@@ -62,6 +62,7 @@ class Intervention(nn.Module, ABC):
             self.register_parameter(name, nn.Parameter(value.to(dtype)))
         if self.orthonormal:
             self.tracker.settle(self.raw_R())
+            watch(self, self.tracker)
 
     @abstractmethod
     def initial(self) -> dict[str, Tensor]:
@@ -77,16 +78,16 @@ class Intervention(nn.Module, ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the parameters that `forward` takes, R on its manifold."""
-        tensors: dict[str, Tensor] = {k: p for k, p in self._parameters.items() if p is not None}
+        own = self._parameters  # asked by [], for which DeepSpeed's ZeRO-3 gathers a parameter
+        tensors: dict[str, Any] = {name: own[name] for name, p in own.items() if p is not None}
         if self.orthonormal and torch.is_grad_enabled() and tensors["R"].requires_grad:
-            # In a forward of FSDP R is a view of a flat parameter, which no step retracts: it is
-            # orthonormalised inside the graph.
+            # Of FSDP1's flat parameter R is a view: it is orthonormalised inside the graph.
             tensors["R"] = OnStiefel.apply(tensors["R"], self.is_view)  # type: ignore[no-untyped-call]
         return tensors
 
     def raw_R(self) -> Tensor:
         """Return R as it is stored: a plain tensor while FSDP runs the model's forward."""
-        R: Tensor | None = self._parameters["R"]
+        R: Tensor | None = self._parameters.get("R")
         assert R is not None
         return R
 
@@ -103,18 +104,17 @@ class Intervention(nn.Module, ABC):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if self.orthonormal and not self.raw_R().is_meta:
-            R = self.raw_R().detach().float()
-            error = (R @ R.mT - torch.eye(R.shape[-2], device=R.device)).abs().max()
-            rounding = 4 * torch.finfo(self.raw_R().dtype).eps
-            if error < max(1e-5, rounding):  # used as it is, to compute what was saved
+            R, rounding = rows_of(self.raw_R()).float(), 4 * torch.finfo(self.raw_R().dtype).eps
+            errors = (R @ R.mT - torch.eye(R.shape[-2], device=R.device)).abs()
+            if (errors < max(1e-5, rounding)).all():  # used as it is, to compute what was saved
                 self.tracker.settle(self.raw_R())
             else:
-                retract_all([(self.raw_R(), self.raw_R().detach(), self.tracker)])
+                retract_all([(self.raw_R(), rows_of(self.raw_R()), self.tracker)])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.orthonormal:
-            self.tracker.watch(self.raw_R())
+            watch(self, self.tracker)
 
     def extra_repr(self) -> str:
         s = self.shape
@@ -128,7 +128,7 @@ def retract(interventions: Sequence[Intervention]) -> int:
     Returns how many were.
     """
     due = [phi for phi in interventions if phi.needs_retraction]
-    retract_all([(phi.raw_R(), phi.raw_R().detach(), phi.tracker) for phi in due])
+    retract_all([(phi.raw_R(), rows_of(phi.raw_R()), phi.tracker) for phi in due])
     return len(due)
 
 

@@ -3,22 +3,26 @@
 The parameter is R itself. After a step of its optimizer it is orthonormalised in place, all layers
 in one batch, so that a forward uses it as it is, however many forwards a step has.
 
+Where R is spread over processes (`fully_shard`), each has whole groups of it and orthonormalises
+those: nothing is sent. A step of DeepSpeed's changes copies of the parameters, which follow.
+
 Shapes: R and A are (..., r, d), r <= d.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.weak import WeakIdKeyDictionary
 
 STEP_LENGTH = 2.0
 """How far R moves, in units of the step that an optimizer takes with its parameter.
@@ -74,31 +78,32 @@ class Tracker:
     An optimizer's step is seen by a hook on all optimizers, which retracts R at once: so it is
     orthonormal after `optimizer.step()`, also for a fused optimizer, which does not count up a
     tensor's version, and for a compiled forward. Other changes, such as a load, are known by the
-    version; and where an optimizer steps copies of the parameters (DeepSpeed), every step counts.
+    version; and where an optimizer steps copies of the parameters that we do not know of, every
+    step counts. DeepSpeed's copies we know: they are what is retracted, and it copies them back.
     """
 
     def __init__(self) -> None:
         self._stamp: tuple[int, int] | None = None
         self._steps = -1
         self._is_stepped_itself = False
+        self._is_sharded = False
         self._before: Tensor | None = None
 
     def settle(self, R: Tensor) -> None:
         """Note that R is orthonormal as it is now."""
         self._stamp, self._steps = _stamp_of(R), _optimizer_steps[0]
-        self.watch(R)
-
-    def watch(self, R: Tensor) -> None:
-        """Let the hooks on optimizers know R, or the copy of it that an unpickled model has."""
-        _trackers[R] = self
+        self._is_sharded |= isinstance(R, DTensor)
 
     def begin_step(self, R: Tensor) -> None:
         """Keep R as it is before an optimizer's step."""
-        self._before = R.detach().clone()
+        self._is_sharded |= isinstance(R, DTensor)
+        self._before = stepped(R).clone()
 
     def is_due(self, R: Tensor) -> bool:
         """Return whether R has to be orthonormalised before it is used."""
-        if _stamp_of(R) is None:
+        if _stamp_of(R) is None or (self._is_sharded and not isinstance(R, DTensor)):
+            return False  # of a sharded R, a forward sees a copy: made of shards that are settled
+        if is_copied(R):
             return False
         unseen = not self._is_stepped_itself and self._steps != _optimizer_steps[0]
         return not self.is_settled(R) or (R.requires_grad and unseen)
@@ -112,29 +117,83 @@ class Tracker:
         self._is_stepped_itself = True
         before, self._before = self._before, None
         if before is None:  # a step within a step, of an optimizer that wraps another
-            return R.detach()
-        return before + STEP_LENGTH * (R.detach() - before)
+            return stepped(R)
+        return before + STEP_LENGTH * (stepped(R) - before)
 
 
-_trackers: MutableMapping[Tensor, Tracker] = WeakIdKeyDictionary()
+_homes: WeakKeyDictionary[nn.Module, Tracker] = WeakKeyDictionary()
+
+
+def watch(module: nn.Module, tracker: Tracker) -> None:
+    """Let the hooks on optimizers know a module whose parameter `R` is orthonormal.
+
+    The module and not the parameter: sharding and loading put another one in its place.
+    """
+    _homes[module] = tracker
+
+
+@torch.no_grad()
+def rows_of(R: Tensor) -> Tensor:
+    """Return what this process has of R: all, or of a sharded R whole groups (perhaps none).
+
+    An R that is cut otherwise is gathered.
+    """
+    if not isinstance(R, DTensor):
+        return R.detach()
+    whole = all(p == Shard(0) or p == Replicate() for p in R.placements)
+    return (R.to_local() if whole else R.full_tensor()).detach()
+
+
+def is_copied(R: Tensor) -> bool:
+    """Return whether DeepSpeed's optimizer steps a float32 copy of R, which it may have cut up.
+
+    Its names: `ds_id` of a parameter under ZeRO-3, `_hp_mapping` under ZeRO-1 and 2.
+    """
+    return hasattr(R, "ds_id") or hasattr(R, "_hp_mapping")
+
+
+def stepped(R: Tensor) -> Tensor:
+    """Return what an optimizer steps of R, here; DeepSpeed's processes all have to ask for it."""
+    if not is_copied(R):
+        return rows_of(R)
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    value: Tensor = safe_get_full_fp32_param(R)
+    return value.detach()
 
 
 @torch.no_grad()
 def retract_all(moved: Sequence[tuple[Tensor, Tensor, Tracker]]) -> None:
     """Set each R, in place and batched, to the orthonormal rows of where it moved.
 
-    `moved` are triples (R, where it moved, the tracker of R). Weight decay only scales R, which
-    this undoes: it can neither destroy R nor turn it.
+    `moved` are triples (R, where its rows here moved, the tracker of R). Weight decay only scales
+    R, which this undoes: it can neither destroy R nor turn it.
     """
     batches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor, Tracker]]] = {}
     for R, target, tracker in moved:
-        batches.setdefault((R.shape, R.device, R.dtype), []).append((R, target, tracker))
+        batches.setdefault((target.shape, R.device, R.dtype), []).append((R, target, tracker))
     for batch in batches.values():
         values = orthonormalise(torch.stack([target for _, target, _ in batch]))
         for (R, _, tracker), value in zip(batch, values, strict=True):
             # What did not change may belong to a graph whose backward is to come: not a new version
-            (R.data if tracker.is_settled(R) else R).copy_(value)
+            _set_rows(R, value, keep_version=tracker.is_settled(R))
             tracker.settle(R)
+
+
+def _set_rows(R: Tensor, value: Tensor, keep_version: bool) -> None:
+    if is_copied(R):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(R, value)
+        return
+    here = rows_of(R)
+    if not isinstance(R, DTensor):
+        (R.data if keep_version else R).copy_(value)
+    elif here.shape == R.to_local().shape:
+        R.to_local().copy_(value)
+    else:
+        spread = distribute_tensor(value, R.device_mesh, R.placements, src_data_rank=None)
+        R.to_local().copy_(spread.to_local())
 
 
 def _stamp_of(R: Tensor) -> tuple[int, int] | None:
@@ -144,10 +203,16 @@ def _stamp_of(R: Tensor) -> tuple[int, int] | None:
 
 
 def _watched(optimizer: Optimizer) -> list[tuple[Tensor, Tracker]]:
-    if not _trackers:
+    # get: DeepSpeed's `_parameters` gather what is asked for by []
+    homes = [(module._parameters.get("R"), tracker) for module, tracker in _homes.items()]
+    if not homes:
         return []
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return [(p, _trackers[p]) for p in parameters if p in _trackers]
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [
+        (R, tracker)
+        for R, tracker in homes
+        if R is not None and (id(R) in own or (is_copied(R) and R.requires_grad))
+    ]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from reftune import classify, evaluate
 from reftune.callbacks import CHECKPOINTS, Progress
 from reftune.callbacks import Reporter as Reporter
 from reftune.card import model_card
-from reftune.encoder import save_classifier_config
+from reftune.distributed import Processes, connect, processes, wait_for_all
 from reftune.errors import ReftConfigError, ReftuneError, RunError, RunInterrupted
 from reftune.generate import HFEngine
 from reftune.heldout import heldout_cross_entropy
@@ -37,12 +36,12 @@ from reftune.loading import load_adapter as load_adapter
 from reftune.methods import (
     as_base,
     count_parameters,
-    save_weights,
     train_weights,
-    weights_of,
 )
 from reftune.models import EMBEDDED, load_model, resolve
 from reftune.plots import plot_loss
+from reftune.saving import save_adapter
+from reftune.saving import write_text as write_text
 from reftune.settings import RunConfig, load_config
 from reftune.sources import read_examples, tasks_of, tokenise, without_leaks
 from reftune.stored import ADAPTER as ADAPTER
@@ -59,8 +58,8 @@ WHAT_IS_TRAINED = (
     *("model", "task_type", "dtype", "quantization", "seed", "adapter", "data", "train"),
     "classify",
 )
-# Keys of data that may differ: the tokens are the same.
-HOW_DATA_IS_READ = ("cache_dir", "num_proc", "streaming")
+# Keys that may differ: the tokens, and what is learned from them, are the same.
+MAY_DIFFER = {"data": ("cache_dir", "num_proc", "streaming"), "train": ("fsdp",)}
 
 
 class Silent:
@@ -90,10 +89,13 @@ def execute(
 
     Raises RunError where its directory holds another run or nothing can be resumed, RunInterrupted
     where Ctrl-C ended training; ReftConfigError and DataError for what the config names.
+
+    Of several processes (torchrun, `reftune train --nproc`) each calls this; the first one writes,
+    evaluates, and has all of the results. Where the base is spread over them, all evaluate.
     """
-    reporter = reporter or Silent()
+    world = _begin(config, resume, overwrite)
+    reporter = (reporter if world.is_main else None) or Silent()
     directory = config.directory
-    _prepare(config, resume, overwrite)
     if config.task_type == "seq_cls":
         return _classify(config, resume, reporter)
     examples, heldout_examples = read_examples(config)
@@ -119,22 +121,45 @@ def execute(
     _train(config, loaded, train, heldout, results, resume, reporter)
     save_adapter(loaded.model, directory / ADAPTER, loaded.base, loaded.revision)
     reporter.say(f"Saved the adapter to {directory / ADAPTER}")
+    if not (world.is_main or config.train.is_sharded(world)):
+        return results
+    results["tasks"] = _evaluate(config, loaded, base_scores, reporter)
+    results["versions"] = versions()
+    _finish(config, loaded, results, reporter)
+    return results
+
+
+def _begin(config: RunConfig, resume: bool, overwrite: bool) -> Processes:
+    """Connect the processes, and let the first one make the run's directory. Raises RunError."""
+    world = connect(cpu=config.train.device == "cpu")
+    if world.count > 1 and config.task_type == "seq_cls":
+        raise RunError("Classifiers (task_type: seq_cls) train in one process: without --nproc.")
+    if world.is_main:
+        _prepare(config, resume, overwrite)
+    wait_for_all()
+    return world
+
+
+def _evaluate(
+    config: RunConfig,
+    loaded: Loaded,
+    base_scores: Mapping[str, Mapping[str, Any]] | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Return the scores of the tasks, {task: {who: score}}."""
     wanted = config.evaluate
     scores = evaluate.run_all(
         tasks_of(config),
         HFEngine(loaded.model, loaded.tokenizer, wanted.batch_size),
         base=wanted.base and base_scores is None,
-        samples=directory / "samples",
+        samples=config.directory / "samples" if processes().is_main else None,
         progress=reporter.evaluating,
     )
     known = base_scores or {}
-    results["tasks"] = {
+    return {
         task: ({"base": dict(known[task])} if task in known else {}) | found
         for task, found in scores.items()
     }
-    results["versions"] = versions()
-    _finish(config, loaded, results, reporter)
-    return results
 
 
 def _classify(config: RunConfig, resume: bool, reporter: Reporter) -> dict[str, Any]:
@@ -145,40 +170,6 @@ def _classify(config: RunConfig, resume: bool, reporter: Reporter) -> dict[str, 
     results["versions"] = versions()
     _finish(config, loaded, results, reporter)
     return results
-
-
-def save_adapter(model: Any, directory: Path, base: str, revision: str | None = None) -> None:
-    """Save what was trained so that the directory is whole or as it was before."""
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    if weights_of(model) is not None:
-        save_weights(model, part, base)
-    else:
-        # Until now it names the directory that the base was loaded from.
-        config = model.peft_config["default"]
-        config.base_model_name_or_path = base
-        config.revision = revision or config.revision
-        # Embeddings are never trained here; to find that out PEFT would ask the Hub for the base.
-        model.save_pretrained(str(part), save_embedding_layers=False)
-    save_classifier_config(model, part)
-    replace_directory(part, directory)
-
-
-def replace_directory(new: Path, directory: Path) -> None:
-    """Put a finished directory in the place of another."""
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        os.replace(directory, old)
-    os.replace(new, directory)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def versions() -> dict[str, str]:
@@ -240,7 +231,7 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
         for section, value in now.items()
         if section in WHAT_IS_TRAINED
         for key in (value if isinstance(value, dict) else [section])
-        if not (section == "data" and key in HOW_DATA_IS_READ)
+        if key not in MAY_DIFFER.get(section, ())
         if (value[key] if isinstance(value, dict) else value)
         != (before.get(section, {}).get(key) if isinstance(value, dict) else before.get(section))
     ]
@@ -330,6 +321,8 @@ def _train_results(trained: Trained, directory: Path) -> dict[str, Any]:
 
 
 def _finish(config: RunConfig, loaded: Loaded, results: dict[str, Any], reporter: Reporter) -> None:
+    if not processes().is_main:
+        return
     directory = config.directory
     card = model_card(config, loaded.base, results, revision=loaded.revision)
     write_text(directory / ADAPTER / "README.md", card)

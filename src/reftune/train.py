@@ -15,19 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, final
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from safetensors.torch import load_model
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import (
-    Trainer,
-    TrainingArguments,
-)
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from reftune.callbacks import (
     CHECKPOINTS,
@@ -43,12 +38,14 @@ from reftune.callbacks import (
     weights_in,
 )
 from reftune.data import Collator, TokenDataset
+from reftune.distributed import Processes, processes
 from reftune.errors import RunError
 from reftune.heldout import heldout_cross_entropy
 from reftune.methods import weights_of
-from reftune.speed.offload import left_where_they_are
 from reftune.speed.plan import Shortcuts, SpeedSettings, choose, describe, examples_to_try
 from reftune.speed.training import Step, settle, taking
+from reftune.trainer import EpochSampler as EpochSampler
+from reftune.trainer import ReftTrainer
 
 LOG = "log.jsonl"
 
@@ -68,8 +65,10 @@ class TrainSettings(SpeedSettings):
 
     epochs: float = Field(6, gt=0, description="passes over the training data")
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps")
-    batch_size: int = Field(16, ge=1, description="examples per forward, on each device")
-    gradient_accumulation_steps: int = Field(2, ge=1, description="forwards per optimizer step")
+    batch_size: int = Field(16, ge=1, description="examples per forward")
+    gradient_accumulation_steps: int = Field(
+        2, ge=1, description="forwards per optimizer step; several processes share them"
+    )
     learning_rate: float = Field(9e-4, gt=0, description="peak learning rate")
     schedule: str = Field("linear", description="learning-rate schedule, as transformers names it")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up")
@@ -87,6 +86,9 @@ class TrainSettings(SpeedSettings):
     report_to: list[str] = Field(
         default_factory=list,
         description="trackers that transformers knows: wandb, tensorboard, ...",
+    )
+    fsdp: bool = Field(
+        False, description="spread the base over the processes (FSDP2), for models that barely fit"
     )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU where there is one")
 
@@ -106,15 +108,19 @@ class TrainSettings(SpeedSettings):
     ) -> TrainingArguments:
         """Return the arguments of transformers' Trainer for a run in `directory`.
 
-        With `best`, a metric, the epoch at whose end it is the highest is the result.
+        With `best`, a metric, the epoch at whose end it is the highest is the result. Of several
+        processes each does its share of a step. Raises RunError where they cannot share it.
         """
-        return TrainingArguments(
+        world = processes()
+        batch_size, accumulation = world.share(self.batch_size, self.gradient_accumulation_steps)
+        sharding = self.is_sharded(world)
+        arguments = TrainingArguments(
             output_dir=str(directory / CHECKPOINTS),
             num_train_epochs=self.epochs,
             max_steps=self.max_steps or -1,
-            per_device_train_batch_size=self.batch_size,
+            per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=self.batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            gradient_accumulation_steps=accumulation,
             learning_rate=self.learning_rate,
             lr_scheduler_type=self.schedule,
             warmup_steps=self.warmup_steps(num_examples),
@@ -122,7 +128,7 @@ class TrainSettings(SpeedSettings):
             max_grad_norm=self.max_grad_norm,
             optim=self.optimizer,
             train_sampling_strategy="group_by_length" if self.group_by_length else "random",
-            activation_checkpointing=self.gradient_checkpointing,
+            activation_checkpointing=self.gradient_checkpointing and not sharding,
             logging_steps=self.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,  # it would log the last number in place of a NaN
@@ -140,17 +146,29 @@ class TrainSettings(SpeedSettings):
             label_names=["labels"],
             load_best_model_at_end=best is not None,
             metric_for_best_model=best,
+            ddp_find_unused_parameters=False,  # every edit takes part in every forward
+            ddp_broadcast_buffers=False,  # nothing of the base changes
+            fsdp=sharding or None,
+            fsdp_config={"activation_checkpointing": self.gradient_checkpointing}
+            if sharding
+            else None,
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: no DataParallel
+        return arguments
+
+    def is_sharded(self, world: Processes) -> bool:
+        """Return whether the model is spread over the processes."""
+        return self.fsdp and world.count > 1
 
     def total_steps(self, num_examples: int) -> int:
-        """Return how many optimizer steps a run on one device has."""
+        """Return how many optimizer steps a run has."""
         if self.max_steps is not None:
             return self.max_steps
         batches = math.ceil(num_examples / self.batch_size)
         return math.ceil(self.epochs * math.ceil(batches / self.gradient_accumulation_steps))
 
     def passes(self, num_examples: int) -> float:
-        """Return how often a run on one device sees an example."""
+        """Return how often a run sees an example."""
         if self.max_steps is None:
             return self.epochs
         return self.max_steps * self.batch_size * self.gradient_accumulation_steps / num_examples
@@ -223,26 +241,25 @@ def fit(
         tokens = settings.passes(len(train)) * sum(train.lengths)
         spent = _for_results(trained_before(directory / LOG), model)
         return replace(before, tokens=round(tokens), **spent)
-    log_file = LogFile(directory / LOG, after_step=step_of(checkpoint))
+    world = processes()
+    log_file = LogFile(directory / LOG, after_step=step_of(checkpoint), writes=world.is_main)
     watch = Watch(train.lengths, total, on_progress)
     interrupt = Interrupt()
     best = selection.metric if selection else None
+    sharding = settings.is_sharded(world)
+    if sharding and checkpoint is not None:  # now, while the model is whole
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    callbacks = [log_file, watch, interrupt, StopAtNaN(directory)]
     with shortcuts(model, train, collator, settings, directory) as step:
-        trainer = _Trainer(
-            step,
-            model=model,
-            args=settings.arguments(directory, seed, len(train), best),
-            train_dataset=train,
-            eval_dataset=selection.data if selection else None,
-            compute_metrics=selection.compute if selection else None,
-            callbacks=[log_file, watch, interrupt, StopAtNaN(directory)],
-        )
+        arguments = settings.arguments(directory, seed, len(train), best)
+        trainer = _trainer(step, model, arguments, train, selection, callbacks, sharding)
         _silence_printing(trainer)
         with interrupt.handling():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     spent = _for_results(log_file.spent, model)
     heldout_loss = None
-    if heldout is not None and len(heldout) and not interrupt.asked:
+    takes_part = world.is_main or sharding
+    if heldout is not None and len(heldout) and not interrupt.asked and takes_part:
         heldout_loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
     return Trained(
         loss=mean_loss(trainer.state.log_history),
@@ -257,6 +274,27 @@ def fit(
     )
 
 
+def _trainer(
+    step: Step,
+    model: Any,
+    arguments: TrainingArguments,
+    train: TrainingData,
+    selection: Selection | None,
+    callbacks: list[TrainerCallback],
+    sharding: bool,
+) -> ReftTrainer:
+    return ReftTrainer(
+        step,
+        sharding=sharding,
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=selection.data if selection else None,
+        compute_metrics=selection.compute if selection else None,
+        callbacks=callbacks,
+    )
+
+
 @contextmanager
 def shortcuts(
     model: Any, train: TrainingData, collator: Any, settings: TrainSettings, directory: Path
@@ -265,7 +303,9 @@ def shortcuts(
 
     Whether they do is tried on a few short examples; where not, it takes fewer, and says why.
     """
-    seen = describe(model)
+    world = processes()
+    # What is spread over processes is there only within its own forward.
+    seen = None if settings.is_sharded(world) else describe(model)
     chosen = Shortcuts()
     if seen is not None and len(train):
         lengths = torch.as_tensor(np.asarray(train.lengths))
@@ -276,7 +316,8 @@ def shortcuts(
             settings,
             lengths=lengths,
             prompt_lengths=prompts,
-            epochs=settings.passes(len(train)),
+            # of several processes, an epoch later another one has an example
+            epochs=settings.passes(len(train)) if world.count == 1 else 1,
             gradient_checkpointing=settings.gradient_checkpointing,
             device=torch.device("cuda" if settings.on_accelerator else "cpu"),
             folder=directory,
@@ -328,58 +369,3 @@ def _silence_printing(trainer: Trainer) -> None:
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-
-
-@final
-class EpochSampler(Sampler[int]):
-    """An order of the examples that depends on seed and epoch alone.
-
-    transformers' own samplers draw from the global random state, so that a run resumed within an
-    epoch would see other batches than the run it continues.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int | None, seed: int) -> None:
-        """Group by length in batches of `batch_size`, or not at all (None)."""
-        self._lengths, self._batch_size, self._seed = list(lengths), batch_size, seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; the Trainer calls this."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
-        if self._batch_size is None:
-            yield from torch.randperm(len(self), generator=generator).tolist()
-        else:
-            size = self._batch_size
-            order = get_length_grouped_indices(self._lengths, size, None, generator)  # type: ignore[no-untyped-call]
-            yield from order
-
-
-class _Trainer(Trainer):
-    """transformers' Trainer with shortcuts, and an order of examples that survives a resume."""
-
-    def __init__(self, step: Step, **kwargs: Any) -> None:
-        self.step = step
-        super().__init__(data_collator=step.collate, **kwargs)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        loss = super().compute_loss(model, self.step.before(inputs), *args, **kwargs)
-        self.step.after()
-        return loss
-
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        with left_where_they_are(self.step.offloaded):
-            super()._move_model_to_device(model, device)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        data: Any = train_dataset if train_dataset is not None else self.train_dataset
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(data.lengths, size if grouped else None, self.args.seed)

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationMixin
 
@@ -32,10 +33,10 @@ from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
 from reftune.layers import decoder_of, find_targets
 from reftune.mixed import BASE
+from reftune.recompute import carry_spans, drop_carriers
 from reftune.spans import (
     PAGED,
     Span,
-    SpanCarrier,
     close_span,
     entry_of,
     generation,
@@ -47,7 +48,6 @@ from reftune.trainers import PromptWatch, active_keys, watch_trainers
 _CHILD = "reft"
 _ROOT = "_reft_root"
 _ENTRY = "_reft_entry"
-_CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name, on every module that checkpoints
 
 
 @dataclass(eq=False)
@@ -244,9 +244,7 @@ def detach(model: nn.Module) -> None:
         delattr(model.get_submodule(name), _CHILD)
     for entry in root.entries:
         delattr(entry, _ENTRY)
-    for module in (*root.entries, *root.targets):
-        if isinstance(carrier := vars(module).get(_CHECKPOINT), SpanCarrier):
-            object.__setattr__(module, _CHECKPOINT, carrier.function)
+    drop_carriers((*root.entries, *root.targets))
     for attribute in ("generate", _ROOT, "peft_config"):
         if attribute in vars(model):
             delattr(model, attribute)
@@ -294,7 +292,13 @@ def _is_causal_lm(model: Any) -> bool:
 
 
 def _edit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return None if is_idle() else getattr(module, _CHILD)(output)
+    if is_idle():
+        return None
+    edited = getattr(module, _CHILD)(output)
+    if not isinstance(module, FSDPModule) or not torch.is_grad_enabled():
+        return edited
+    # FSDP hangs its backward on what a layer returns: an in-place operation on a view loses it.
+    return edited.clone() if isinstance(edited, Tensor) else (edited[0].clone(), *edited[1:])
 
 
 def _open(
@@ -312,20 +316,12 @@ def _open(
         keys = active_keys(list(entry.model.layers.values()))
         entry.model.watch.look(span, entry, kwargs, keys, trained)
         if torch.is_grad_enabled():
-            _carry_spans(entry.model)
+            carry_spans((*entry.model.entries, *entry.model.targets))
     return args, kwargs
 
 
 def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     close_span(module)
-
-
-def _carry_spans(root: Root) -> None:
-    """Let edits inside of a checkpointed function know their span when they are recomputed."""
-    for module in (*root.entries, *root.targets):
-        function = vars(module).get(_CHECKPOINT)
-        if function is not None and not isinstance(function, SpanCarrier):
-            object.__setattr__(module, _CHECKPOINT, SpanCarrier(function))
 
 
 def _retract_active(root: Root, span: Span) -> None:

@@ -17,6 +17,13 @@ import typer
 from reftune_cli.convert import register as register_convert
 from reftune_cli.hub import register as register_hub
 from reftune_cli.serve import register as register_serve
+from reftune_cli.workers import (
+    end_with_launcher,
+    is_first,
+    is_worker,
+    let_the_first_speak,
+    run_workers,
+)
 
 app = typer.Typer(
     name="reftune",
@@ -53,8 +60,14 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run")] = False,
+    nproc: Annotated[int, typer.Option(help="processes, one on each GPU (or CPU)", min=1)] = 1,
 ) -> None:
     """Train an adapter, evaluate it, and keep everything in runs/NAME."""
+    if nproc > 1 and not is_worker():
+        flags = [*["--resume"] * resume, *["--overwrite"] * overwrite]
+        command = ["train", str(config), *(overrides or []), *flags]
+        raise typer.Exit(run_workers(nproc, [sys.executable, "-m", "reftune_cli", *command]))
+    end_with_launcher()
     with reported_errors():
         from reftune.run import execute
         from reftune.settings import load_config
@@ -63,7 +76,8 @@ def train(
         run = load_config(config, overrides or [])
         with ConsoleReporter() as reporter:
             results = execute(run, resume=resume, overwrite=overwrite, reporter=reporter)
-        show_results(run, results)
+        if is_first():
+            show_results(run, results)
 
 
 @app.command()
@@ -255,13 +269,16 @@ def reported_errors() -> Iterator[None]:
     try:
         yield
     except RunInterrupted as error:
-        typer.secho(str(error), err=True)
+        if is_first():
+            typer.secho(str(error), err=True)
         raise typer.Exit(130) from error
     except ReftuneError as error:
+        let_the_first_speak()
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        typer.secho("interrupted", err=True)
+        if is_first():
+            typer.secho("interrupted", err=True)
         raise typer.Exit(130) from None
 
 
@@ -273,6 +290,8 @@ def _quieten() -> None:
     # Prompt tuning: ours are those of a prompt without padding, which it takes for granted.
     warnings.filterwarnings("ignore", "Position ids are not supported", module=r"peft\b")
     warnings.filterwarnings("ignore", "(Unsupported layer type|.*no bias term)", module=r"peft\b")
+    # Ours, whose deprecation by torch accelerate has yet to follow.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
