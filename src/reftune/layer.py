@@ -43,14 +43,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """The interventions of all adapters at one layer.
 
     Args:
-        hidden_size: d, the width of the layer's output.
+        hidden_size: d, the width of the layer's output; of all residual streams where it has
+            several.
+        stream_axis: which axis of an output of four counts the streams.
     """
 
     adapter_layer_names = ("reft_phi",)
     other_param_names = ()
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, stream_axis: int = 2) -> None:
         super().__init__()
+        self.stream_axis = stream_axis
         self.hidden_size = hidden_size
         self.in_features = self.out_features = hidden_size  # PEFT's layers have both
         self.reft_phi = nn.ModuleDict()
@@ -141,10 +144,16 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 if name in self.reft_phi:
                     seen = h_BSd if self.composition == "sum" else edited
                     edited = self._edit_with(name, seen, edited, span)
-        return hidden if edited is h_BSd else edited.view_as(hidden)
+        if edited is h_BSd:
+            return hidden
+        if hidden.dim() == 4:
+            return edited.unflatten(-1, (-1, hidden.shape[-1])).movedim(2, self.stream_axis)
+        return edited.view_as(hidden)
 
     def _as_batch(self, hidden: Tensor, span: Span) -> Tensor:
         """Return the states as (B, S, d); of (N, d), rows are tokens if the call had N."""
+        if hidden.dim() == 4:
+            hidden = hidden.movedim(self.stream_axis, 2).flatten(2)
         if hidden.shape[-1] != self.hidden_size or hidden.dim() not in (2, 3):
             raise ReftConfigError(
                 f"The edited module returned hidden states of shape {tuple(hidden.shape)}; "

@@ -3,6 +3,8 @@
 The layers are the outermost `ModuleList` whose length is the number of layers that the model's
 config states. Where a model has several such lists, the tower that reads the prompt is meant: the
 encoder of an encoder-decoder, the language model of a vision-language model.
+
+Where layers pass on several residual streams, the state of a token is all of them, side by side.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from reftune.config import ReftConfig
 from reftune.errors import LayersNotFoundError, ReftConfigError
 
 _WIDTH_ATTRIBUTES = ("out_features", "nf", "embedding_dim", "num_features")
+# transformers' names for the number of residual streams, and the axis of the states that counts
+# them: (batch, tokens, streams, width) or (streams, batch, tokens, width).
+_STREAMS = (("hc_mult", 2), ("hc_count", 2), ("altup_num_inputs", 0))
 
 
 def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, int]:
@@ -31,7 +36,21 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, int]:
         names = _numbered(model, path, config.layers)
     if not config.edit_generated:
         _refuse_decoder(model, names)
-    return {name: _width(model, name, config) for name in names}
+    streams = 1 if config.target_modules is not None else residual_streams(model)[0]
+    if config.hidden_size is not None:
+        streams = 1  # what was given is the whole
+    return {name: _width(model, name, config) * streams for name in names}
+
+
+def residual_streams(model: nn.Module) -> tuple[int, int]:
+    """Return how many residual streams a model's layers pass on, and which axis counts them."""
+    config = getattr(model, "config", None)  # the border to any model class
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for name, axis in _STREAMS:
+        if isinstance(count := getattr(config, name, None), int) and count > 1:
+            return count, axis
+    return 1, 2
 
 
 def find_layer_list(model: nn.Module) -> str:
@@ -46,6 +65,8 @@ def find_layer_list(model: nn.Module) -> str:
             return next(iter(inside))
     depth = _stated_depth(getattr(model, "config", None))  # the border to any model class
     stated = [name for name, n in lists.items() if n == depth]
+    if len(stated) > 1:
+        stated = [n for n in stated if _has_parts(model, n) and _reads_text(model, n)]
     if len(stated) == 1:
         return stated[0]
     if len(lists) == 1:
@@ -100,6 +121,23 @@ def _refuse_decoder(model: nn.Module, names: list[str]) -> None:
                 "tokens are generated, and ReFT edits the prompt, which the encoder reads. Edit "
                 "the encoder (leave layers_path out), or generated tokens with edit_generated=True."
             )
+
+
+def _has_parts(model: nn.Module, path: str) -> bool:
+    """Return whether a list is of modules made of modules, as layers are, not of projections."""
+    return any(True for module in model.get_submodule(path) for _ in module.children())
+
+
+def _reads_text(model: nn.Module, path: str) -> bool:
+    """Return whether a module lies in a tower whose configuration is that of the text."""
+    own = getattr(model, "config", None)  # the border to any model class
+    text = own.get_text_config() if hasattr(own, "get_text_config") else own
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        if config is not None:
+            return config is text or config is own
+    return True
 
 
 def _stated_depth(config: Any) -> int | None:

@@ -31,7 +31,7 @@ from reftune.errors import MergeError, PositionError, ReftConfigError, did_you_m
 from reftune.heads import WITH_HEAD, add_heads
 from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
-from reftune.layers import decoder_of, find_targets
+from reftune.layers import decoder_of, find_targets, residual_streams
 from reftune.mixed import BASE
 from reftune.recompute import carry_spans, drop_carriers
 from reftune.spans import (
@@ -110,7 +110,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         root = _root_of(self.model)
         layer = root.layers.get(current_key)
         if layer is None:
-            layer = ReftLayer(self._targets[current_key])
+            layer = ReftLayer(self._targets[current_key], residual_streams(self.model)[1])
             layer.composition = next(iter(root.layers.values()), layer).composition
             target.add_module(_CHILD, layer)
             root.layers[current_key] = layer
