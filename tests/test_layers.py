@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import SwinConfig, SwinModel
+from transformers import PretrainedConfig, SwinConfig, SwinModel
 
 from architectures import ARCHITECTURES, DEPTH, LENGTH
 from reftune import (
@@ -20,6 +20,7 @@ from reftune import (
     options,
     reft_layers,
 )
+from reftune.layers import find_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 
@@ -289,3 +290,62 @@ def _edit_output(out: Any, phi: Any) -> Any:
     R, W, bias = phi.R[-1], phi.W[-1], phi.bias[-1]
     h = h + (h @ W.T + bias - h @ R.T) @ R
     return (h, *out[1:]) if isinstance(out, tuple) else h
+
+
+# --- several residual streams ---------------------------------------------------------------------
+
+STREAMS, WIDTH = 3, 8
+
+
+class StreamsConfig(PretrainedConfig):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(num_hidden_layers=2, hidden_size=WIDTH, **settings)
+
+
+class Streams(nn.Module):
+    """A model whose layers pass on three residual streams, counted by `axis` of their states."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.config = StreamsConfig(**{{0: "altup_num_inputs", 2: "hc_mult"}[axis]: STREAMS})
+        self.axis = axis
+        self.layers = nn.ModuleList([nn.Sequential(nn.Identity()) for _ in range(2)])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = torch.stack([torch.sin(input_ids[..., None] * (k + 1.0)) for k in range(STREAMS)], 2)
+        h = (h * torch.arange(1.0, WIDTH + 1)).movedim(2, self.axis)
+        for layer in self.layers:
+            h = layer(h)
+        return h.movedim(self.axis, 2)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_of_several_residual_streams_the_state_is_all_of_them(axis: int) -> None:
+    """As many streams as examples and tokens: only what the config says tells the axes apart."""
+    ids = torch.arange(9).view(3, 3)
+    model = adapt(Streams(axis), positions="l1", layers=[1])
+    phi = reft_layers(model)["base_model.model.layers.1.reft"].phi("default")
+    assert phi.R.shape[-1] == STREAMS * WIDTH
+    with torch.no_grad():
+        expected, got = Streams(axis)(ids), model(input_ids=ids)
+        assert torch.equal(got[:, :2], expected[:, :2])
+        edited = edit_all(expected[:, 2].flatten(1), phi).view(3, STREAMS, WIDTH)
+        torch.testing.assert_close(got[:, 2], edited)
+        assert (got[:, 2] - expected[:, 2]).abs().max() > 0.1
+
+
+class SameDepth(nn.Module):
+    """A model that sees and reads, whose towers have as many layers, and a list of projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = StreamsConfig()
+        self.image = nn.Module()
+        self.image.config = StreamsConfig()
+        self.image.layers = nn.ModuleList([nn.Sequential(nn.Identity()) for _ in range(2)])
+        self.text = nn.ModuleList([nn.Sequential(nn.Identity()) for _ in range(2)])
+        self.projections = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+
+def test_of_lists_of_one_length_the_one_of_layers_that_read_text_is_meant() -> None:
+    assert list(find_targets(SameDepth(), ReftConfig())) == ["text.0", "text.1"]

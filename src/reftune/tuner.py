@@ -115,7 +115,8 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
             target.add_module(_CHILD, layer)
             root.layers[current_key] = layer
             root.targets.append(target)
-            root.handles.append(target.register_forward_hook(_edit_output))
+            if not isinstance(target, nn.Sequential):  # it runs its children itself, this one last
+                root.handles.append(target.register_forward_hook(_edit_output))
         layer.add(adapter_name, peft_config, _device_of(target))
         if adapter_name not in self.active_adapters:
             layer.reft_phi[adapter_name].requires_grad_(False)
