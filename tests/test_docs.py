@@ -7,17 +7,27 @@ from typing import Any
 
 import pytest
 import typer.main
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+)
 
 from reftune.settings import load_config
 from reftune_cli import app
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_MODEL, DEPTH = "HuggingFaceTB/SmolLM2-135M-Instruct", 30
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    # TRL's arguments use the old name themselves.
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),  # no accelerator here
+]
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -28,13 +38,20 @@ def blocks(path: Path, language: str) -> list[str]:
 def test_python_blocks_run_one_after_the_other(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tiny model stands in for the one of the Hub."""
+    """A tiny model of as many layers stands in for the one of the Hub."""
 
     def tiny(name: str, *args: Any, **kwargs: Any) -> Any:
         assert name == HUB_MODEL
-        return tiny_llama()
+        return tiny_llama(layers=DEPTH)
+
+    def tiny_classifier(name: str, num_labels: int) -> Any:
+        config = tiny(name).config
+        config.num_labels = num_labels
+        return LlamaForSequenceClassification(config)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", tiny)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", tiny_classifier)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tiny_tokenizer())
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for code in blocks(path, "python"):

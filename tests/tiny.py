@@ -22,8 +22,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    """Return a random fp32 Llama: 2 layers, hidden size 32, the tokenizer's 259 words.
+def tiny_llama(seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
+    """Return a random fp32 Llama: hidden size 32, the tokenizer's 259 words.
 
     Other random state is left as it was.
     """
@@ -31,7 +31,7 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         vocab_size=259,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
