@@ -161,6 +161,12 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 "with ReftConfig(hidden_size=...); else name other modules with target_modules."
             )
         if hidden.dim() == 3:
+            if span.shape is not None and hidden.shape[:2] == span.shape[::-1] != span.shape:
+                raise ReftConfigError(
+                    f"The edited module returned (tokens, batch, width) states, "
+                    f"{tuple(hidden.shape)}: such models' tokens cannot be told from their "
+                    "examples. Name modules that return (batch, tokens, width) in target_modules."
+                )
             return hidden
         B, S = span.shape or (0, 0)
         return hidden.view(B, S, -1) if len(hidden) == B * S else hidden.unsqueeze(1)

@@ -60,13 +60,16 @@ def find_layer_list(model: nn.Module) -> str:
     """
     lists = _outermost_lists(model)
     for tower in _prompt_towers(model):
-        inside = {name: n for name, n in lists.items() if name.startswith(f"{tower}.")}
+        inside = [name for name in lists if name.startswith(f"{tower}.")]
+        if len(inside) > 1:
+            root = model.get_submodule(tower)
+            inside = [n for n in inside if _is_of_text(root, n.removeprefix(f"{tower}."))]
         if len(inside) == 1:
-            return next(iter(inside))
+            return inside[0]
     depth = _stated_depth(getattr(model, "config", None))  # the border to any model class
     stated = [name for name, n in lists.items() if n == depth]
     if len(stated) > 1:
-        stated = [n for n in stated if _has_parts(model, n) and _reads_text(model, n)]
+        stated = [name for name in stated if _is_of_text(model, name)]
     if len(stated) == 1:
         return stated[0]
     if len(lists) == 1:
@@ -123,13 +126,13 @@ def _refuse_decoder(model: nn.Module, names: list[str]) -> None:
             )
 
 
-def _has_parts(model: nn.Module, path: str) -> bool:
-    """Return whether a list is of modules made of modules, as layers are, not of projections."""
-    return any(True for module in model.get_submodule(path) for _ in module.children())
+def _is_of_text(model: nn.Module, path: str) -> bool:
+    """Return whether a list holds layers that read the text, by the configuration around them.
 
-
-def _reads_text(model: nn.Module, path: str) -> bool:
-    """Return whether a module lies in a tower whose configuration is that of the text."""
+    Layers are modules made of modules; a list of projections is none of layers.
+    """
+    if not any(True for module in model.get_submodule(path) for _ in module.children()):
+        return False
     own = getattr(model, "config", None)  # the border to any model class
     text = own.get_text_config() if hasattr(own, "get_text_config") else own
     while path:
