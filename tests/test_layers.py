@@ -349,3 +349,23 @@ class SameDepth(nn.Module):
 
 def test_of_lists_of_one_length_the_one_of_layers_that_read_text_is_meant() -> None:
     assert list(find_targets(SameDepth(), ReftConfig())) == ["text.0", "text.1"]
+
+
+class TokensFirst(nn.Module):
+    """A model whose layers' states are (tokens, batch, width), as XLNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = StreamsConfig()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Identity()) for _ in range(2)])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = torch.sin(input_ids[..., None] * torch.arange(1.0, WIDTH + 1)).transpose(0, 1)
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+
+def test_states_with_their_tokens_first_are_refused() -> None:
+    with pytest.raises(ReftConfigError, match="tokens, batch, width"):
+        adapt(TokensFirst())(input_ids=torch.arange(8).view(2, 4))
