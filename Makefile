@@ -34,6 +34,9 @@ test-torchao: $(VENV)/.dev  ## the tests of quantised bases, torchao's with them
 	PYTHONPATH=$(VENV)/torchao HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest tests/test_quantised.py -m "not gpu"
 
+models-matrix: $(VENV)/.dev  ## try every class of transformers, tiny; writes docs/models.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/models_matrix.py
+
 serve-env: $(SERVE)/.ready  ## install vLLM for machines without a GPU, beside reftune
 
 test-serve: $(SERVE)/.ready  ## the serving tests
