@@ -369,3 +369,14 @@ class TokensFirst(nn.Module):
 def test_states_with_their_tokens_first_are_refused() -> None:
     with pytest.raises(ReftConfigError, match="tokens, batch, width"):
         adapt(TokensFirst())(input_ids=torch.arange(8).view(2, 4))
+
+
+class ListOfLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8)]) for _ in range(2)])
+
+
+def test_lists_of_lists_are_refused() -> None:
+    with pytest.raises(LayersNotFoundError, match="'blocks.0' of ListOfLists is a list"):
+        find_targets(ListOfLists(), ReftConfig())

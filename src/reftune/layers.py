@@ -34,6 +34,12 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, int]:
     else:
         path = config.layers_path or find_layer_list(model)
         names = _numbered(model, path, config.layers)
+    for name in names:
+        if isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict):
+            raise LayersNotFoundError(
+                f"{name!r} of {type(model).__name__} is a list of modules itself, and computes "
+                "nothing. Name the modules to edit with ReftConfig(target_modules=[...])."
+            )
     if not config.edit_generated:
         _refuse_decoder(model, names)
     streams = 1 if config.target_modules is not None else residual_streams(model)[0]
