@@ -26,6 +26,7 @@ from transformers import (
 )
 
 PARITY = Path("tests/data/pyreft")
+SHORT = [1, 9]  # fewer tokens than most positions
 BERT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 64, "max_position_embeddings": 64, "initializer_range": 0.2,
         "num_labels": 3, "pad_token_id": 0, "architectures": ["BertForSequenceClassification"],
@@ -102,6 +103,9 @@ def main() -> None:
         randomise(model)
         model.eval()
         logits[name] = llama_logits(model)
+        if settings.get("suffix_positions", 0) <= len(SHORT):  # more, and it mixes up its rows
+            with torch.no_grad():
+                logits[f"{name}.short"] = model(input_ids=torch.tensor([SHORT])).logits[0]
         for form in (False, True):
             folder = out / f"{name}_{'safetensors' if form else 'bin'}"
             model.save_adapter(str(folder), "mine", use_safetensors=form)
