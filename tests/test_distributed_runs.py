@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +135,24 @@ def test_a_checkpoint_has_nothing_of_the_base(killed):
         *("scheduler.pt", "trainer_state.json", "training_args.bin"),
         *("rng_state_0.pth", "rng_state_1.pth"),
     }
+
+
+def test_the_example_prints_the_same_losses_under_torchrun(tmp_path):
+    example = Path(__file__).parent.parent / "examples" / "distributed.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    printed = []
+    for count in (1, 2):
+        start = [sys.executable, *([*torchrun, str(count)] if count > 1 else [])]
+        done = subprocess.run(
+            [*start, str(example), "--tiny", "--cpu", "--out", str(tmp_path / str(count))],
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if "losses" in line]
+        assert len(lines) == 1, done.stdout
+        printed.append(json.loads(lines[0].partition("losses ")[2]))
+    assert printed[0] == pytest.approx(printed[1], rel=1e-3)
+    saved = load_file(tmp_path / "2" / "adapter" / "adapter_model.safetensors")
+    assert all(".reft." in name for name in saved)
