@@ -106,6 +106,8 @@ ROOMS = (
     "paper",
     "report",
     "peft_json",
+    "integrations",
+    "integrations.axolotl",
     "serve",
     "serve.settings",
     "serve.version",
