@@ -50,7 +50,7 @@ def find_targets(model: nn.Module, config: ReftConfig) -> dict[str, int]:
 
 def residual_streams(model: nn.Module) -> tuple[int, int]:
     """Return how many residual streams a model's layers pass on, and which axis counts them."""
-    config = getattr(model, "config", None)  # the border to any model class
+    config: Any = getattr(model, "config", None)  # the border to any model class
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     for name, axis in _STREAMS:
@@ -137,9 +137,9 @@ def _is_of_text(model: nn.Module, path: str) -> bool:
 
     Layers are modules made of modules; a list of projections is none of layers.
     """
-    if not any(True for module in model.get_submodule(path) for _ in module.children()):
+    if not any(True for module in model.get_submodule(path).children() for _ in module.children()):
         return False
-    own = getattr(model, "config", None)  # the border to any model class
+    own: Any = getattr(model, "config", None)  # the border to any model class
     text = own.get_text_config() if hasattr(own, "get_text_config") else own
     while path:
         path = path.rpartition(".")[0]
