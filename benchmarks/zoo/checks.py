@@ -306,7 +306,9 @@ def stated_depths(s: Subject) -> list[int]:
         found = [n for k in names if isinstance(n := getattr(config, k, None), int)]
         if found:
             return found
-    if s.kind != "image":
+    if s.kind == "image":
+        config = getattr(config, "vision_config", config)
+    else:
         config = config.get_text_config()
     names = ("num_hidden_layers", "decoder_layers", "num_layers", "num_layers_per_stack")
     return sorted({n for k in names if isinstance(n := getattr(config, k, None), int)})

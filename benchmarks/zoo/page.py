@@ -94,7 +94,10 @@ def _section(kind: str, rows: dict[str, Any]) -> str:
 def _remarks(kind: str, model_type: str, row: dict[str, Any]) -> str:
     if row["status"] != "works" and (kind, model_type) in REASONS:
         return REASONS[kind, model_type]
-    if kind == "image" and row["status"] == "no" and "reason" in row:
+    if kind == "image" and (
+        (row["status"] == "no" and "reason" in row)
+        or row.get("checks", {}).get("noop", "").startswith("no")
+    ):
         return NO_TOKENS
     if row["status"] != "works" and "reason" in row:
         return _plain(row["reason"])
