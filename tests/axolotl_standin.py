@@ -67,6 +67,8 @@ class Core(BaseModel):
     lora_model_dir: str | None = None
     lora_r: int | None = None
     lora_dropout: float | None = 0.0
+    sample_packing: bool | None = None
+    attn_decontaminates_packing: bool | None = None
 
 
 @contextmanager

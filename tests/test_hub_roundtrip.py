@@ -1,7 +1,10 @@
 """Push and pull through PEFT, huggingface_hub and `reftune`: what comes back is what was pushed."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,3 +215,37 @@ def test_what_may_not_be_pushed_is_said(
     with pytest.raises(RunError, match="no adapter to push"):
         push(tmp_path, "user/theirs")
     assert ("models", "user/theirs") not in hub.repositories
+
+
+@pytest.mark.slow  # each command is a process of its own
+def test_the_commands_ask_the_hub_that_hf_endpoint_names(
+    hub: FakeHub, run: Path, folder: Path
+) -> None:
+    """As a user types them: the endpoint, the token and the cache come from the environment."""
+    env = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_CACHE": str(folder / "home" / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+    def reftune(*args: str, **changed: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "reftune_cli", *args]
+        done = subprocess.run(command, env=env | changed, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    code, output = reftune("push", str(run), "user/typed", "--private", "--revision", "v2")
+    assert code == 0, output
+    assert "adapter_model.safetensors" in hub.files("user/typed", "v2")
+    assert hub.model("user/typed").private
+    code, output = reftune("info", "user/typed@v2")
+    assert code == 0, output
+    assert "LoReFT" in output
+    code, output = reftune("info", "user/typed@v2", HF_TOKEN=fake_hub.OTHER_TOKEN, HF_HOME="/none")
+    assert code == 0, "it is in the cache"
+    code, output = reftune(
+        "info", "user/typed@v3", HF_TOKEN=fake_hub.OTHER_TOKEN, HF_HUB_CACHE=str(folder / "empty")
+    )
+    assert code == 1
+    assert "a private one that this account may not see" in output
+    assert "Traceback" not in output

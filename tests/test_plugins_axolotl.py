@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel, get_peft_model
 from pydantic import ValidationError
 
@@ -81,8 +82,22 @@ def test_defaults_are_the_papers_and_other_adapters_are_not_touched(plugin: Any)
     assert plugin.load_adapter(tiny_llama(), axolotl.DictDefault(adapter="lora")) is None
 
 
+def test_the_example_is_accepted(plugin: Any) -> None:
+    values = yaml.safe_load((ROOT / "examples" / "axolotl.yaml").read_text())
+    _, config = plugin.load_adapter(tiny_llama(), axolotl.validated(plugin, values))
+    assert (config.positions, config.layers) == ("f7+l7", "all")
+
+
 def test_wrong_keys_are_said(plugin: Any) -> None:
     with pytest.raises(ValidationError, match="postions"):
         axolotl.validated(plugin, {"adapter": "reft", "reft": {"postions": "f1"}})
     with pytest.raises(ReftConfigError, match="lora_r are LoRA's.*below `reft:`"):
         plugin.load_adapter(tiny_llama(), axolotl.validated(plugin, YAML | {"lora_r": 8}))
+
+
+def test_packing_is_for_attention_that_keeps_examples_apart(plugin: Any) -> None:
+    packed = YAML | {"sample_packing": True}
+    with pytest.raises(ReftConfigError, match="flash_attention_2, or sample_packing: false"):
+        plugin.load_adapter(tiny_llama(), axolotl.validated(plugin, packed))
+    apart = packed | {"attn_decontaminates_packing": True}
+    assert plugin.load_adapter(tiny_llama(), axolotl.validated(plugin, apart)) is not None

@@ -263,7 +263,7 @@ def version() -> None:
 @contextmanager
 def reported_errors() -> Iterator[None]:
     """Print reftune's own errors as a sentence; what we broke keeps its traceback."""
-    _quieten()
+    quieten()
     from reftune.errors import ReftuneError, RunInterrupted
 
     try:
@@ -282,7 +282,7 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep what other libraries deprecate among themselves off the terminal."""
     import warnings
 

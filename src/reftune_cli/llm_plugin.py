@@ -85,11 +85,10 @@ class ReftAdapter(llm.Model):  # type: ignore[misc]
 
     def _load(self) -> tuple[Loaded, str]:
         if self._loaded is None:
-            from transformers.utils import logging
-
             from reftune.run import find_adapter, load_adapter, template_of
+            from reftune_cli import quieten
 
-            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            quieten()
             self._loaded = load_adapter(self.adapter), template_of(find_adapter(self.adapter))
         return self._loaded
 

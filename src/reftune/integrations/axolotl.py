@@ -74,6 +74,14 @@ def reft_config(cfg: Any, model: PreTrainedModel) -> ReftConfig:
             f"adapter: reft, and {', '.join(lora)} are LoRA's. Its own keys stand below `reft:`, "
             "such as r, layers, positions; `reftune config` lists them below adapter."
         )
+    # Where attention keeps packed examples apart, axolotl hands on position ids and no mask, which
+    # say where each begins. Otherwise it hands on a mask, and all but the first would go unedited.
+    if cfg["sample_packing"] and not cfg["attn_decontaminates_packing"]:
+        raise ReftConfigError(
+            "sample_packing is on, and this attention does not keep the examples of a row apart, "
+            "so their prompts cannot be told. Use attn_implementation: flash_attention_2, or "
+            "sample_packing: false."
+        )
     return ReftConfig(task_type=_task_type(model), **dict(cfg[NAME] or {}))
 
 
