@@ -34,7 +34,7 @@ from reftune.generate import HFEngine
 from reftune.models import load_model
 from reftune.run import (
     CONFIG,
-    HOW_DATA_IS_READ,
+    MAY_DIFFER,
     RESULTS,
     Silent,
     execute,
@@ -118,7 +118,7 @@ def changed_keys(config: RunConfig) -> list[str]:
         return []
     before = dict(_flat(yaml.safe_load((config.directory / CONFIG).read_text(encoding="utf-8"))))
     now = dict(_flat(config.model_dump(mode="json")))
-    ignored = _ANY | {f"data.{key}" for key in HOW_DATA_IS_READ}
+    ignored = _ANY | {f"{section}.{key}" for section, keys in MAY_DIFFER.items() for key in keys}
     return sorted(k for k in now if k not in ignored and before.get(k, now[k]) != now[k])
 
 

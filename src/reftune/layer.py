@@ -147,8 +147,8 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if edited is h_BSd:
             return hidden
         if hidden.dim() == 4:
-            streams = torch.unflatten(edited, -1, (-1, hidden.shape[-1]))
-            return streams.movedim(2, self.stream_axis)
+            B, S, _ = edited.shape
+            return edited.view(B, S, -1, hidden.shape[-1]).movedim(2, self.stream_axis)
         return edited.view_as(hidden)
 
     def _as_batch(self, hidden: Tensor, span: Span) -> Tensor:

@@ -167,8 +167,8 @@ def _pictures(records: Records) -> Iterator[Section]:
         "seconds": ("training, seconds", lambda runs: _mean(trained(runs, "seconds"))),
     }
     if all("cpu_seconds" in run.results["train"] for run in records.runs):  # hardly depends on load
-        cost = ("training, CPU-seconds", lambda runs: _mean(trained(runs, "cpu_seconds")))
-        costs = {**costs, "seconds": cost}
+        cpu_seconds = ("training, CPU-seconds", lambda runs: _mean(trained(runs, "cpu_seconds")))
+        costs = {**costs, "seconds": cpu_seconds}
     pictures = []
     for name, (cost, of) in costs.items():
         points = {

@@ -148,7 +148,7 @@ class TrainSettings(SpeedSettings):
             metric_for_best_model=best,
             ddp_find_unused_parameters=False,  # every edit takes part in every forward
             ddp_broadcast_buffers=False,  # nothing of the base changes
-            fsdp=sharding or None,
+            fsdp=sharding or None,  # type: ignore[arg-type]  # True is what a string becomes
             fsdp_config={"activation_checkpointing": self.gradient_checkpointing}
             if sharding
             else None,

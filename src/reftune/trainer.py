@@ -101,6 +101,7 @@ class ReftTrainer(Trainer):
         if not self.sharding:
             super().save_model(output_dir, _internal_call)
             return
+        assert self.model is not None
         self._save(output_dir, state_dict=trained_state(self.model))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -109,6 +110,7 @@ class ReftTrainer(Trainer):
             return
         state = whole_optimizer_state(self.optimizer)
         if self.args.should_save:
+            assert self.lr_scheduler is not None
             torch.save(state, Path(output_dir) / OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
@@ -123,6 +125,7 @@ class ReftTrainer(Trainer):
         state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
         load_optimizer_state(self.optimizer, state)
         schedule = torch.load(Path(checkpoint) / SCHEDULER, map_location="cpu", weights_only=True)
+        assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(schedule)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
