@@ -79,8 +79,8 @@ def reft_config(cfg: Any, model: PreTrainedModel) -> ReftConfig:
     if cfg["sample_packing"] and not cfg["attn_decontaminates_packing"]:
         raise ReftConfigError(
             "sample_packing is on, and this attention does not keep the examples of a row apart, "
-            "so their prompts cannot be told. Use attn_implementation: flash_attention_2, or "
-            "sample_packing: false."
+            "so their prompts cannot be told. Use attn_implementation: sdpa or flash_attention_2, "
+            "or sample_packing: false."
         )
     return ReftConfig(task_type=_task_type(model), **dict(cfg[NAME] or {}))
 
