@@ -63,8 +63,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "hrm_text": {"settings": {"num_hidden_layers": 2}, "drop": ["num_layers_per_stack"]},
-    "mobilebert": {"settings": {"initializer_range": 0.02}},  # no norms: it overflows
-    "mistral4": {"settings": {"head_dim": 4}},
+    "mobilebert": {"settings": {"initializer_range": 0.05}},  # no norms: it overflows
+    "mistral4": {
+        "settings": {
+            "head_dim": 4,
+            "rope_parameters": {
+                **PLAIN_ROPE,
+                "llama_4_scaling_beta": 0.1,
+                "original_max_position_embeddings": 64,
+            },
+        }
+    },
     "hy_v4": {"settings": {"index_topk": 64}},  # nothing left out: no jumps by rounding
     "hunyuan_v1_dense": {"settings": {"head_dim": 8}},
     "hunyuan_v1_moe": {"settings": {"head_dim": 8}},
