@@ -65,7 +65,7 @@ def reduced_elements(model: Any) -> Iterator[list[int]]:
     found: list[int] = []
     if isinstance(model, DistributedDataParallel):
 
-        def hook(state: None, bucket: Any) -> Any:
+        def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
             found.append(bucket.buffer().numel())
             work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
             return work.get_future().then(lambda done: done.value()[0])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -206,6 +207,23 @@ def test_a_span_is_carried_into_torchs_checkpoint_wrapper():
     assert torch.equal(again, loss)
     got = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in got.items()}
     assert_same(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_below_torchs_checkpoint_wrapper_is_saved_and_loaded(tmp_path):
+    """PEFT looks for the names of modules, which have the wrapper's in them."""
+    model = wrapped(attach(), CheckpointImpl.NO_REENTRANT)
+    model.save_pretrained(tmp_path)
+    saved, expected = load_file(tmp_path / "adapter_model.safetensors"), trained_names(attach())
+    assert sorted(saved) == expected
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    fresh = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    data = batch()
+    torch.testing.assert_close(model.eval()(**data).loss, fresh.eval()(**data).loss)
+
+
+def trained_names(model: PeftModel) -> list[str]:
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return sorted(name.replace(".default", "") for name in trained)
 
 
 class Recomputing(torch.nn.Module):

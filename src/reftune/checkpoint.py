@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from reftune.config import ReftConfig
 from reftune.errors import AdapterMismatchError
 from reftune.layer import ReftLayer
+from reftune.orthonormal import rows_of
+from reftune.recompute import plain_name
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # an old PEFT's; it is checked when PEFT has read it
@@ -56,14 +58,14 @@ def check_state_dict(
 ) -> None:
     """Check a state dict with the model's key names. Raises AdapterMismatchError."""
     expected = {
-        f"{layer_name}.reft_phi.{adapter_name}.{k}": tuple(p.shape)
+        f"{plain_name(layer_name)}.reft_phi.{adapter_name}.{k}": tuple(p.shape)
         for layer_name, layer in model.named_modules()
         if isinstance(layer, ReftLayer) and adapter_name in layer.reft_phi
         for k, p in layer.reft_phi[adapter_name].named_parameters()
     }
-    found = {k: tuple(t.shape) for k, t in state_dict.items() if _MARK in k}
+    found = {plain_name(k): tuple(t.shape) for k, t in state_dict.items() if _MARK in k}
     _compare(_without_prefix(expected), _without_prefix(found), f"adapter {adapter_name!r}")
-    own = {k: t.detach().cpu() for k, t in state_dict.items()}
+    own = {k: rows_of(t).cpu() for k, t in state_dict.items()}  # of a sharded one, what is here
     _require_sound(own, f"adapter {adapter_name!r}", config.intervention.orthonormal)
 
 
@@ -93,7 +95,7 @@ def _require_sound(tensors: Mapping[str, Tensor], what: str, orthonormal: bool) 
                 f"{name} has values that are not finite. The training diverged: load an earlier "
                 "checkpoint."
             )
-        if orthonormal and _MARK in key and key.split(".")[-1] == "R":
+        if orthonormal and _MARK in key and key.split(".")[-1] == "R" and tensor.numel():
             gram = tensor.double() @ tensor.double().mT
             if torch.linalg.eigvalsh(gram).min() < 1e-6:
                 raise AdapterMismatchError(f"{name} has rows that are zero or depend on another.")

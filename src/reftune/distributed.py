@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reftune.errors import RunError
 from reftune.prompts import IGNORED_LABEL
-
-_WRAPPER = "_checkpoint_wrapped_module."  # torch's checkpoint_wrapper puts it into names
+from reftune.recompute import plain_name
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def whole(tensor: Tensor) -> Tensor:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained parameters, whole and on the CPU, by name; of the frozen base nothing."""
     return {
-        name.replace(_WRAPPER, ""): whole(parameter.detach()).cpu()
+        plain_name(name): whole(parameter.detach()).cpu()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

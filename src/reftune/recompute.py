@@ -22,6 +22,13 @@ _OF_WRAPPER = "checkpoint_fn"  # of torch's CheckpointWrapper
 _WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
+def plain_name(name: str) -> str:
+    """Return a module's or parameter's name as it is in state dicts: without torch's wrappers."""
+    for wrapper in _WRAPPED:
+        name = name.replace(f"{wrapper}.", "")
+    return name
+
+
 def carry_spans(modules: Iterable[nn.Module]) -> None:
     """Let what checkpoints these modules, or their children, carry the span of the forward."""
     for module, name in _places(modules):

@@ -33,7 +33,7 @@ from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
 from reftune.layers import decoder_of, find_targets, residual_streams
 from reftune.mixed import BASE
-from reftune.recompute import carry_spans, drop_carriers
+from reftune.recompute import carry_spans, drop_carriers, plain_name
 from reftune.spans import (
     PAGED,
     Span,
@@ -196,6 +196,15 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
             layers[name].phi(adapter_name).load_state_dict(values)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, *, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        # PEFT goes by names of modules; a state dict has them without those of torch's wrappers.
+        named = ((name, m) for name, m in model.named_modules() if isinstance(m, ReftLayer))
+        own = tuple(f"{plain_name(name)}." for name, _ in named)
+        return {k: t for k, t in state_dict.items() if plain_name(k).startswith(own)}
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
@@ -206,6 +215,13 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        below_wrappers = {
+            f"{at}.reft_phi.{key}": f"{at}.reft_phi.{adapter_name}.{key}"
+            for at, m in ((plain_name(name), m) for name, m in model.named_modules())
+            if isinstance(m, ReftLayer) and adapter_name in m.reft_phi
+            for key, _ in m.reft_phi[adapter_name].named_parameters()
+        }
+        remapped = {below_wrappers.get(k, k): t for k, t in remapped.items()}
         check_state_dict(model, config, adapter_name, remapped)
         return remapped
 
