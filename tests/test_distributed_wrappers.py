@@ -73,17 +73,19 @@ def reduced_elements(model: Any) -> Iterator[list[int]]:
         model.register_comm_hook(None, hook)
         yield found
         return
-    scatter = dist.reduce_scatter_tensor
+    # torch 2.13's name, and the one before
+    name = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n))
+    scatter = getattr(dist, name)
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         found.append((kwargs.get("input") if "input" in kwargs else args[1]).numel())
         return scatter(*args, **kwargs)
 
-    dist.reduce_scatter_tensor = recorded
+    setattr(dist, name, recorded)
     try:
         yield found
     finally:
-        dist.reduce_scatter_tensor = scatter
+        setattr(dist, name, scatter)
 
 
 def learn(way: str | None, accumulation: int) -> dict[str, Any]:
