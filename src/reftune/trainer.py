@@ -7,7 +7,7 @@ with another number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -40,14 +40,20 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int | None, seed: int, multiple: int = 1
+        self,
+        lengths: Sequence[int],
+        batch_size: int | None,
+        seed: int,
+        multiple: int = 1,
+        now: Callable[[], int] | None = None,
     ) -> None:
         """Group by length in batches of `batch_size`, or not at all (None).
 
-        The order is filled up to a `multiple` (see `distributed.evenly`).
+        The order is filled up to a `multiple` (see `distributed.evenly`). `now` tells the epoch, if
+        `set_epoch` is not to be believed.
         """
         self._lengths, self._batch_size, self._seed = list(lengths), batch_size, seed
-        self._epoch, self._multiple = 0, multiple
+        self._epoch, self._multiple, self._now = 0, multiple, now
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; the Trainer calls this."""
@@ -57,7 +63,8 @@ class EpochSampler(Sampler[int]):
         return len(self._lengths) + -len(self._lengths) % self._multiple
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 100_003 + self._epoch)
+        epoch = self._epoch if self._now is None else self._now()
+        generator = torch.Generator().manual_seed(self._seed * 100_003 + epoch)
         order: list[int]
         if self._batch_size is None:
             order = torch.randperm(len(self._lengths), generator=generator).tolist()
@@ -139,4 +146,6 @@ class ReftTrainer(Trainer):
         count = self.args.world_size
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * count
         multiple = self.args.train_batch_size * count if count > 1 else 1
-        return EpochSampler(lengths, size if grouped else None, self.args.seed, multiple)
+        # Of a run that goes on within an epoch, accelerate's shards begin to count epochs anew.
+        now = (lambda: int((self.state.epoch or 0.0) + 1e-6)) if count > 1 else None
+        return EpochSampler(lengths, size if grouped else None, self.args.seed, multiple, now)
