@@ -21,7 +21,7 @@ def serve(
     ],
     adapters: Annotated[
         list[str] | None,
-        typer.Option(help="DIRECTORY or NAME=DIRECTORY: an adapter, a run, or a folder of them"),
+        typer.Option(help="[NAME=]DIRECTORY: an adapter, a run, a folder of them; or a Hub name"),
     ] = None,
     adapter_roots: Annotated[
         list[str] | None,

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from serving_tiny import save_adapter
 
-from reftune.errors import AdapterMismatchError, ReftConfigError, ReftuneError
+from reftune.errors import AdapterMismatchError, ReftConfigError, ReftuneError, RunError
+from reftune.serve import catalog as catalogs
 from reftune.serve import store
 from reftune.serve.adapter import ModelShape, load_tensors
 from reftune.serve.catalog import Catalog, CatalogSettings, named_adapters
@@ -210,6 +211,25 @@ def test_names_come_from_adapters_runs_and_folders(adapter: Path, tmp_path: Path
         Catalog(CatalogSettings((f"a:b={adapter}",)))
     with pytest.raises(ReftConfigError, match="Two adapters are named 'tea'"):
         Catalog(CatalogSettings((str(run), f"tea={adapter}")))
+
+
+def test_adapters_are_named_on_the_hub(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Hub gives and how it refuses is tested against one, in test_hub_errors.py."""
+
+    def find(name: str) -> Path:
+        if name != "user/tea@v1":
+            raise RunError(f"The adapter {name!r} is not there.")
+        return adapter
+
+    monkeypatch.setattr(catalogs, "find_adapter", find)
+    assert dict(named_adapters("user/tea@v1")) == {"tea": adapter}
+    assert dict(named_adapters("mine=user/tea@v1")) == {"mine": adapter}
+    asks_the_hub = Catalog(CatalogSettings(roots=("hub",)))
+    assert asks_the_hub.locate("user/tea@v1") == adapter
+    with pytest.raises(ReftConfigError, match="is not there"):
+        asks_the_hub.locate("user/coffee")
+    with pytest.raises(ReftConfigError, match="without --adapter-roots"):
+        Catalog(CatalogSettings()).locate("user/tea@v1")
 
 
 def test_adapters_are_loaded_from_allowed_roots_only(adapter: Path, tmp_path: Path) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from reftune.errors import ReftConfigError
+from reftune.errors import ReftConfigError, RunError
+from reftune.hub import is_hub_name, split_revision
 from reftune.serve.adapter import CONFIG
+from reftune.stored import find_adapter
 
 HUB = "hub"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @final
@@ -22,7 +22,8 @@ class CatalogSettings:
     """What `reftune serve` was told about adapters.
 
     Attributes:
-        adapters: as `NAME=DIRECTORY` or `DIRECTORY`: an adapter, a run, or a directory of them.
+        adapters: as `NAME=DIRECTORY` or `DIRECTORY`: an adapter, a run, or a directory of them; or
+            an adapter's Hub name in the place of the directory.
         roots: directories below which adapters may be loaded while the server runs; the word
             "hub" allows Hub names.
         pinned: names of adapters that are never evicted.
@@ -62,8 +63,8 @@ class Catalog:
         Raises ReftConfigError where it lies outside the allowed roots; links are followed first,
         those of the files, too.
         """
-        if self.allows_hub and not os.path.isabs(given) and _HUB_NAME.fullmatch(given):
-            return _download(given)
+        if self.allows_hub and not os.path.isabs(given) and is_hub_name(given):
+            return _from_hub(given)
         if not self.roots:
             raise ReftConfigError(
                 "Adapters cannot be loaded while this server runs: it was started without "
@@ -82,12 +83,15 @@ class Catalog:
 def named_adapters(text: str) -> Iterator[tuple[str, Path]]:
     """Yield the names and directories that an argument of --adapters stands for.
 
-    Raises ReftConfigError where there is no adapter.
+    A Hub name's adapter is downloaded. Raises ReftConfigError where there is no adapter.
     """
     name, separator, rest = text.partition("=")
     if not separator or Path(text).exists():
         name, rest = "", text
     directory = Path(rest).expanduser()
+    if is_hub_name(rest):
+        yield name or split_revision(rest)[0].rpartition("/")[2], _from_hub(rest)
+        return
     if _is_adapter(directory):
         yield name or directory.resolve().name, _inside(_real(directory))
         return
@@ -126,11 +130,8 @@ def _real(path: str | Path) -> Path:
         raise ReftConfigError(f"There is no directory {str(path)!r}.") from error
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+def _from_hub(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=["adapter_*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise ReftConfigError(f"{name!r} cannot be had from the Hub: {error}") from error
+        return _real(find_adapter(name))
+    except RunError as error:
+        raise ReftConfigError(str(error)) from error
