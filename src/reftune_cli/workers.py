@@ -108,7 +108,7 @@ def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int:
     failed: int | None = None
     deadline = 0.0
-    while any(worker.poll() is None for worker in workers):
+    while None in [worker.poll() for worker in workers]:  # all of them: a poll takes note of an end
         time.sleep(POLL)
         status = next((w.returncode for w in workers if w.returncode), None)
         if status is None:
