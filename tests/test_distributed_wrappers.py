@@ -46,6 +46,11 @@ def batches(accumulation: int) -> Iterator[list[Tensor]]:
         yield [torch.randint(3, 259, (ROWS, LENGTH), generator=g) for _ in range(accumulation)]
 
 
+def after_prompt(ids: Tensor) -> Tensor:
+    """Return the labels of rows whose first tokens are the prompt."""
+    return ids.index_fill(1, torch.arange(PROMPT), -100)
+
+
 def wrap(model: PeftModel, way: str) -> Any:
     if "checkpointed" in way:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -101,8 +106,7 @@ def learn(way: str | None, accumulation: int) -> dict[str, Any]:
         for step in batches(accumulation):
             total = torch.zeros(())
             for ids in step:
-                labels = ids.clone()
-                labels[:, :PROMPT] = -100
+                labels = after_prompt(ids)
                 loss = wrapped(input_ids=ids[share], labels=labels[share]).loss / accumulation
                 loss.backward()
                 total += loss.detach() / count
@@ -182,7 +186,7 @@ def test_a_step_retracts_a_sharded_r_as_it_does_a_whole_one(alone, tied, fused):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=fused)
         for (ids,) in batches(1):
-            model(input_ids=ids, labels=ids).loss.backward()
+            model(input_ids=ids, labels=after_prompt(ids)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         states.append(trained_state(model))
@@ -212,7 +216,7 @@ def test_a_layer_of_fsdps_returns_no_view(alone):
     layer = model.get_base_model().model.layers[0]
     layer.register_forward_hook(lambda m, args, out: seen.append(out._is_view()))
     ids = next(batches(1))[0]
-    model(input_ids=ids, labels=ids).loss.backward()
+    model(input_ids=ids, labels=after_prompt(ids)).loss.backward()
     assert seen == [False]
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from architectures import ARCHITECTURES, COMMON, EXPERTS, GROUPED, Architecture
 from reftune import METHODS
 from reftune.data import Collator
+from reftune.errors import PositionError
 from reftune.speed import attention, loss, products
 from reftune.speed.batches import CausalBatches
 from reftune.speed.patch import forward_replaced
@@ -263,7 +264,6 @@ EXAMPLES = {
     "a shared beginning of all but one": [*rows([(9, 2)]), *rows([(9, 4)]), *rows([(2, 4)])],
     "no label in some": [labelled(ROWS[1]), *ROWS[:1], labelled(ROWS[3])],
     "labels in between": [labelled(ROWS[3], 8, 9, 15, 20), labelled(ROWS[1], 3, 12), ROWS[0]],
-    "a label on the first token": [labelled(ROWS[1], 0, 5, 6), labelled(ROWS[3], 0, 20), ROWS[0]],
 }
 
 
@@ -272,6 +272,15 @@ EXAMPLES = {
 def test_every_kind_of_example(kind, settings, tmp_path) -> None:
     examples = [{**one, "index": i} for i, one in enumerate(EXAMPLES[kind])]
     check(llama(**settings), tmp_path, examples)
+
+
+def test_a_label_on_the_first_token_is_refused_whatever_is_taken(tmp_path) -> None:
+    model, examples = llama(), [labelled(ROWS[1], 0, 5, 6), ROWS[0]]
+    with pytest.raises(PositionError, match="labels begin at the first token"):
+        oracle(model, examples)
+    for chosen in ways(model, tmp_path).values():
+        with pytest.raises(PositionError, match="labels begin at the first token"):
+            taken(model, chosen, examples)
 
 
 def test_a_batch_without_a_label_adds_nothing_to_an_accumulated_loss(tmp_path) -> None:
