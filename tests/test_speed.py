@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import reftune
 from architectures import ARCHITECTURES, COMMON, EXPERTS, GROUPED, Architecture
 from reftune import METHODS
 from reftune.data import Collator
@@ -274,13 +275,19 @@ def test_every_kind_of_example(kind, settings, tmp_path) -> None:
     check(llama(**settings), tmp_path, examples)
 
 
-def test_a_label_on_the_first_token_is_refused_whatever_is_taken(tmp_path) -> None:
-    model, examples = llama(), [labelled(ROWS[1], 0, 5, 6), ROWS[0]]
+def test_a_label_on_the_first_token_leaves_no_prompt(tmp_path) -> None:
+    """The model's own forward refuses it, unless it is told so, as shortcuts tell themselves."""
+    model = llama()
+    examples = [labelled(ROWS[1], 0, 5, 6), labelled(ROWS[3], 0, 20), ROWS[0]]
     with pytest.raises(PositionError, match="labels begin at the first token"):
         oracle(model, examples)
+    prompts = torch.tensor([int(one["labels"].ne(-100).nonzero()[0]) for one in examples])
+    with reftune.options(prompt_lengths=prompts):
+        expected = oracle(model, examples)
     for chosen in ways(model, tmp_path).values():
-        with pytest.raises(PositionError, match="labels begin at the first token"):
-            taken(model, chosen, examples)
+        numbered = [{**one, "index": i} for i, one in enumerate(examples)]
+        for result in taken(model, chosen, numbered):
+            assert_same(result, expected)
 
 
 def test_a_batch_without_a_label_adds_nothing_to_an_accumulated_loss(tmp_path) -> None:
