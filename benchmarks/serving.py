@@ -152,18 +152,28 @@ def exact(engines: Engines, args: argparse.Namespace) -> Round:
     paths += engines.ask("reftune", "paths", adapters=args.compared)["paths"]
     names = [name for name in (*paths, None) for _ in range(2)]
     asked = {"texts": [texts[i % len(texts)] for i in range(len(names))], "new": 32}
-    alone = engines.ask("hf", "answers", names=names, **asked)["tokens"]
+    answers = engines.ask("hf", "answers", names=names, **asked)
+    alone, ends = answers["tokens"], answers["ends"]
     mixed = engines.ask("reftune", "answers", names=names, **asked)
     bare = engines.ask("bare", "answers", names=[None] * len(names), **asked)
     base = [i for i, name in enumerate(names) if name is None]
     return {
         "completions": len(names),
-        "identical": sum(a == b for a, b in zip(alone, mixed["tokens"], strict=True)),
+        "identical": sum(
+            a == to_the_end(b, ends) for a, b in zip(alone, mixed["tokens"], strict=True)
+        ),
         "edited": len(names) - len(base),
-        "changed": sum(alone[i] != bare["tokens"][i] for i in range(len(names)) if names[i]),
+        "changed": sum(
+            mixed["tokens"][i] != bare["tokens"][i] for i in range(len(names)) if names[i]
+        ),
         "base": len(base),
         "base_bit_identical": sum(mixed["logprobs"][i] == bare["logprobs"][i] for i in base),
     }
+
+
+def to_the_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Return the tokens before the first that ends a completion: the loads go on behind it."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), None)]
 
 
 def adapter_directory(path: Path) -> Path:

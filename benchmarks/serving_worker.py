@@ -339,9 +339,13 @@ class HF:
     def answers(
         self, texts: Sequence[list[int]], names: Sequence[str | None], new: int
     ) -> dict[str, Any]:
-        """Return what is generated greedily, each prompt alone with its adapter."""
+        """Return what is generated greedily, each prompt alone with its adapter, to its end.
+
+        With it the tokens that are an end, before which a completion is cut.
+        """
         from peft import PeftModel
 
+        from reftune.completions import eos_ids
         from reftune.generate import HFEngine, Sampling
 
         own = {path: f"a{i}" for i, path in enumerate(dict.fromkeys(n for n in names if n))}
@@ -352,7 +356,8 @@ class HF:
         alone = HFEngine(model.eval(), self.engine.tokenizer, batch_size=1)
         found = alone.generate(texts, Sampling(new), [name and own[name] for name in names])
         model.unload()
-        return {"tokens": [list(one.token_ids) for one in found]}
+        ends = eos_ids(self.engine.model, self.engine.tokenizer)
+        return {"tokens": [list(one.token_ids) for one in found], "ends": sorted(ends)}
 
 
 def _timed(call: Any) -> float:

@@ -14,12 +14,13 @@ import tempfile
 import threading
 import uuid
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
 from reftune.checkpoint import WEIGHTS
 from reftune.errors import AdapterMismatchError
-from reftune.serve.adapter import CONFIG, Adapter, ModelShape, read_adapter
+from reftune.serve.adapter import CONFIG, Adapter, ModelShape, read_adapter, read_config
 from reftune.serve.settings import MiB
 
 _FILES = (CONFIG, WEIGHTS)
@@ -100,19 +101,22 @@ class Store:
             if digest in self._versions:
                 return self._versions[digest]
             target = self.directory / digest
-            if not target.is_dir():
+            if target.is_dir():  # by another process
+                adapter = _checked(target, path, digest, self.model)
+            else:
                 scratch = self.directory / f".{digest}-{uuid.uuid4().hex}"
                 scratch.mkdir()
                 try:
                     for name, data in contents.items():
                         (scratch / name).write_bytes(data)
-                    _checked(scratch, path, digest, self.model)
+                    checked = _checked(scratch, path, digest, self.model)
                     scratch.rename(target)
                 except BaseException:
                     shutil.rmtree(scratch, ignore_errors=True)
                     raise
-            self._versions[digest] = _checked(target, path, digest, self.model)
-            return self._versions[digest]
+                adapter = replace(checked, directory=target, config=read_config(target))
+            self._versions[digest] = adapter
+            return adapter
 
 
 def _checked(copy: Path, source: Path, digest: str, model: ModelShape) -> Adapter:
