@@ -96,8 +96,8 @@ def _require_sound(tensors: Mapping[str, Tensor], what: str, orthonormal: bool) 
                 "checkpoint."
             )
         if orthonormal and _MARK in key and key.split(".")[-1] == "R" and tensor.numel():
-            gram = tensor.double() @ tensor.double().mT
-            if torch.linalg.eigvalsh(gram).min() < 1e-6:
+            rows = tensor.double()
+            if torch.linalg.eigvalsh(rows @ rows.mT).min() < 1e-6:
                 raise AdapterMismatchError(f"{name} has rows that are zero or depend on another.")
 
 
