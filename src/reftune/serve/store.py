@@ -69,9 +69,8 @@ class Store:
         if known is not None and known[0] == signature:
             return known[1]
         adapter = self._add(path)
-        if (
-            self._signature(path) == signature
-        ):  # else it changed while it was read: look again next time
+        # Else it changed while it was read: look again next time.
+        if self._signature(path) == signature:
             self._seen[path] = (signature, adapter)
         return adapter
 
