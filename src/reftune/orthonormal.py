@@ -50,6 +50,13 @@ def orthonormalise(A: Tensor) -> Tensor:
     return R.to(A.dtype)
 
 
+def is_orthonormal(R: Tensor) -> bool:
+    """Return whether rows are orthonormal as far as their dtype can tell, or to 1e-5."""
+    gram = R.float() @ R.float().mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return bool((gram.abs() < max(1e-5, 4 * torch.finfo(R.dtype).eps)).all())
+
+
 class OnStiefel(torch.autograd.Function):
     """Orthonormal R of a parameter A, with the gradient along the manifold only.
 

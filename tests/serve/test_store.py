@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from serving_tiny import save_adapter
 
 from reftune.errors import AdapterMismatchError, ReftConfigError, ReftuneError, RunError
 from reftune.serve import catalog as catalogs
 from reftune.serve import store
-from reftune.serve.adapter import ModelShape, load_tensors
+from reftune.serve.adapter import ModelShape
 from reftune.serve.catalog import Catalog, CatalogSettings, named_adapters
+from reftune.serve.parameters import read_parameters
 from reftune.serve.settings import ServeSettings
 from reftune.serve.store import Store
 
@@ -67,8 +68,7 @@ def test_a_version_outlives_what_is_written_over_it(adapter: Path) -> None:
     with pytest.raises(AdapterMismatchError, match="cannot be read as safetensors"):
         own.get(adapter)
     shutil.rmtree(adapter)
-    _, layers = load_tensors(version.directory, version.config, 64)
-    assert set(layers) == {0, 2}
+    assert read_parameters(version.directory)[0] == (0, 2)
     with pytest.raises(AdapterMismatchError, match="no adapter that can be served"):
         own.get(adapter)
 
@@ -77,7 +77,7 @@ def test_what_is_checked_and_hashed_is_what_is_kept(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the directory is written over while it is read."""
-    before, read = (adapter / WEIGHTS).read_bytes(), store._read
+    before, read = load((adapter / WEIGHTS).read_bytes()), store._read
 
     def read_and_lose(path: Path) -> bytes:
         data = read(path)
@@ -87,7 +87,10 @@ def test_what_is_checked_and_hashed_is_what_is_kept(
     monkeypatch.setattr(store, "_read", read_and_lose)
     own = Store(SHAPE)
     version = own.get(adapter)
-    assert (version.directory / WEIGHTS).read_bytes() == before
+    layers, kept = read_parameters(version.directory)
+    for i, layer in enumerate(layers):
+        (W,) = (t for key, t in before.items() if key.endswith(f"{layer}.reft.reft_phi.W"))
+        assert W.equal(kept["W"][i, :, : W.shape[1]])
     monkeypatch.undo()
     with pytest.raises(AdapterMismatchError):
         own.get(adapter)  # and it is looked at again
@@ -280,3 +283,22 @@ def test_ten_thousand_adapters_are_registered_unread(adapter: Path, tmp_path: Pa
     own = Store(SHAPE)
     assert own.get(catalog.paths["1234"]).layers == (0, 2)
     assert len(list(own.directory.iterdir())) == 1
+
+
+def test_a_version_holds_what_the_tuner_computes_with(tmp_path: Path) -> None:
+    """R on its manifold where the checkpoint has it off, ranks padded with rows that do nothing."""
+    folder = save_adapter(tmp_path / "adapter", 1, layers=[1], r=3)
+    tensors = load((folder / WEIGHTS).read_bytes())
+    (key,) = (key for key in tensors if key.endswith(".R"))
+    tensors[key] = 1.5 * tensors[key] + 0.01
+    save_file(tensors, folder / WEIGHTS)
+    own = Store(SHAPE)
+    version = own.get(folder)
+    phi = version.config.build(64)
+    phi.load_state_dict({k.rpartition(".")[2]: t for k, t in tensors.items()})
+    layers, kept = read_parameters(version.directory)
+    assert layers == (1,)
+    for name, value in phi.named_parameters():
+        assert kept[name].shape[2] == 4
+        torch.testing.assert_close(kept[name][0, :, :3], value.detach(), rtol=0, atol=1e-6)
+        assert not kept[name][:, :, 3:].any()

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from reftune.checkpoint import WEIGHTS, check_before_injection, read_shapes
+from reftune.checkpoint import WEIGHTS, check_tensors
 from reftune.config import ReftConfig
 from reftune.errors import AdapterMismatchError, ReftConfigError
-from reftune.interventions import Intervention
 
 CONFIG = "adapter_config.json"
 _KEY = re.compile(r"(?P<path>.+)\.(?P<layer>\d+)\.reft\.reft_phi\.(?P<name>\w+)")
@@ -88,21 +85,20 @@ def read_config(directory: Path) -> ReftConfig:
     return config
 
 
-def read_adapter(directory: Path, digest: str, model: ModelShape) -> Adapter:
-    """Return the adapter in a directory after checking that it fits the model.
+def read_adapter(
+    directory: Path, digest: str, model: ModelShape, tensors: Mapping[str, Tensor], source: Path
+) -> Adapter:
+    """Return the adapter of a config in a directory and of tensors, if they fit the model.
 
-    Raises AdapterMismatchError or ReftConfigError.
+    `source` is the file that the tensors were read from. Raises AdapterMismatchError or
+    ReftConfigError.
     """
     config = read_config(directory)
-    if not (directory / WEIGHTS).is_file():
-        raise AdapterMismatchError(
-            f"{directory} has an {CONFIG} and no {WEIGHTS}. Only safetensors are served."
-        )
-    keys = [_KEY.fullmatch(key) for key in read_shapes(directory / WEIGHTS)]
+    keys = [_KEY.fullmatch(key) for key in tensors]
     paths = sorted({match["path"] for match in keys if match})
     if len(paths) != 1 or None in keys:
         raise AdapterMismatchError(
-            f"{directory / WEIGHTS} has tensors that are no edit of a decoder layer, or of more "
+            f"{source} has tensors that are no edit of a decoder layer, or of more "
             f"than one stack of layers ({', '.join(paths) or 'none'})."
         )
     every = range(model.num_layers)
@@ -113,26 +109,13 @@ def read_adapter(directory: Path, digest: str, model: ModelShape) -> Adapter:
                 f"The adapter edits layer {layer}; the model has layers 0 to {model.num_layers - 1}"
                 ". Serve it on the base model it was trained for."
             )
-    check_before_injection(config, {f"{paths[0]}.{i}": model.hidden_size for i in layers})
+    widths = {f"{paths[0]}.{i}": model.hidden_size for i in layers}
+    check_tensors(config, widths, tensors, str(source))
     return Adapter(digest, directory, config, layers)
 
 
-def load_tensors(
-    directory: Path, config: ReftConfig, hidden_size: int
-) -> tuple[Intervention, Mapping[int, dict[str, Tensor]]]:
-    """Return the method's formula, and the parameters (G, ...) of each layer by its number.
-
-    R is put on its manifold exactly as the tuner does. The formula's own parameters are no one's.
-    """
-    phi = config.build(hidden_size)
-    found: dict[int, dict[str, Tensor]] = {}
-    with safe_open(directory / WEIGHTS, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - no mapping
-            match = _KEY.fullmatch(key)
-            assert match is not None
-            found.setdefault(int(match["layer"]), {})[match["name"]] = file.get_tensor(key)
-    with torch.no_grad():
-        for layer, tensors in found.items():
-            phi.load_state_dict(tensors)
-            found[layer] = {k: t.detach().clone() for k, t in phi.named_parameters()}
-    return phi.requires_grad_(False).eval(), found
+def layer_and_name(key: str) -> tuple[int, str]:
+    """Return the number of the layer and the parameter's name in a checked checkpoint's key."""
+    match = _KEY.fullmatch(key)
+    assert match is not None
+    return int(match["layer"]), match["name"]

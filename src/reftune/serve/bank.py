@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reftune.config import ReftConfig
 from reftune.interventions import Intervention
-from reftune.serve.adapter import load_tensors
 from reftune.serve.edits import Edits
+from reftune.serve.parameters import padded_rank, read_parameters
 
 Kind = tuple[str, str | None, int, str, int]
 
@@ -23,9 +23,10 @@ Kind = tuple[str, str | None, int, str, int]
 @final
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """An adapter's parameters: of each layer by name, (G, ...), ranks padded to a power of two.
+    """An adapter's parameters by name, (L, G, ...), ranks padded to a power of two.
 
-    Adapters of one `kind` fit into one batched product: same formula, same padded rank.
+    `numbers` are those of the L layers. Adapters of one `kind` fit into one batched product: same
+    formula, same padded rank.
     """
 
     digest: str
@@ -33,22 +34,28 @@ class Loaded:
     phi: Intervention
     rank: int
     dtype: torch.dtype
-    layers: Mapping[int, Mapping[str, Tensor]]
+    numbers: tuple[int, ...]
+    parameters: Mapping[str, Tensor]
     pools_tokens: bool
 
     @property
     def nbytes(self) -> int:
         """Return the size of the parameters."""
-        return sum(t.nbytes for layer in self.layers.values() for t in layer.values())
+        return sum(t.nbytes for t in self.parameters.values())
+
+    @cached_property
+    def layers(self) -> Mapping[int, Mapping[str, Tensor]]:
+        """Return the parameters (G, ...) of each layer by its number."""
+        unbound = {name: t.unbind() for name, t in self.parameters.items()}
+        return {
+            number: {name: parts[i] for name, parts in unbound.items()}
+            for i, number in enumerate(self.numbers)
+        }
 
     def to(self, device: torch.device) -> Loaded:
         """Return a copy on a device."""
-        layers = {
-            i: {k: t.to(device, non_blocking=True) for k, t in layer.items()}
-            for i, layer in self.layers.items()
-        }
-        parts = (self.digest, self.kind, self.phi, self.rank, self.dtype)
-        return Loaded(*parts, layers, self.pools_tokens)
+        there = {k: t.to(device, non_blocking=True) for k, t in self.parameters.items()}
+        return replace(self, parameters=there)
 
 
 @dataclass(eq=False)
@@ -138,25 +145,17 @@ class Bank:
 
 
 def load(digest: str, directory: Path, hidden_size: int) -> Loaded:
-    """Return a version of an adapter, read from its directory."""
+    """Return a version of an adapter; its parameters are mapped from the version's directory."""
     config = ReftConfig.from_pretrained(str(directory))
-    phi, layers = load_tensors(directory, config, hidden_size)
-    rank = 1 << max((config.r or 1) - 1, 0).bit_length()
-    missing = rank - (config.r or rank)
+    rank = padded_rank(config)
+    numbers, parameters = read_parameters(directory)
     return Loaded(
         digest=digest,
         kind=(config.method, config.act_fn, config.topk, config.dtype, rank),
-        phi=phi,
+        phi=config.build(hidden_size).requires_grad_(False).eval(),
         rank=rank,
         dtype=getattr(torch, config.dtype),
-        layers={i: pad_rank(tensors, missing) for i, tensors in layers.items()},
+        numbers=numbers,
+        parameters=parameters,
         pools_tokens=config.intervention.pools_tokens,
     )
-
-
-def pad_rank(tensors: Mapping[str, Tensor], missing: int) -> dict[str, Tensor]:
-    """Return parameters of more rows, zeros: rows of R that are zero edit nothing."""
-    if not missing:
-        return dict(tensors)
-    pads = {"R": (0, 0, 0, missing), "W": (0, 0, 0, missing), "bias": (0, missing)}
-    return {k: F.pad(t, pads[k]) for k, t in tensors.items()}

@@ -1,7 +1,7 @@
-"""Versions of adapters: immutable copies named by their content, read and checked once.
+"""Versions of adapters: immutable, named by their content, read and checked once.
 
-A directory may be overwritten while requests run. What is checked, hashed and later loaded is one
-copy of its bytes, so a request sees one version from its first token to its last.
+A directory may be overwritten while requests run. What is checked, hashed and later loaded comes
+from one copy of its bytes, so a request sees one version from its first token to its last.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import tempfile
 import threading
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import final
 
-from reftune.checkpoint import WEIGHTS
+from torch import Tensor
+
+from reftune.checkpoint import WEIGHTS, parse_tensors
 from reftune.errors import AdapterMismatchError
-from reftune.serve.adapter import CONFIG, Adapter, ModelShape, read_adapter, read_config
+from reftune.serve.adapter import CONFIG, Adapter, ModelShape, read_adapter
+from reftune.serve.parameters import write_parameters
 from reftune.serve.settings import MiB
 
 _FILES = (CONFIG, WEIGHTS)
+_FORMAT = b"1"  # of a version's files: another one is another version
 _Signature = tuple[tuple[int, int, int], ...]
 
 
@@ -101,27 +105,36 @@ class Store:
             if digest in self._versions:
                 return self._versions[digest]
             target = self.directory / digest
-            if target.is_dir():  # by another process
-                adapter = _checked(target, path, digest, self.model)
-            else:
-                scratch = self.directory / f".{digest}-{uuid.uuid4().hex}"
-                scratch.mkdir()
-                try:
-                    for name, data in contents.items():
-                        (scratch / name).write_bytes(data)
-                    checked = _checked(scratch, path, digest, self.model)
-                    scratch.rename(target)
-                except BaseException:
-                    shutil.rmtree(scratch, ignore_errors=True)
-                    raise
-                adapter = replace(checked, directory=target, config=read_config(target))
+            scratch = self.directory / f".{digest}-{uuid.uuid4().hex}"
+            scratch.mkdir()
+            try:
+                (scratch / CONFIG).write_bytes(contents[CONFIG])
+                tensors = parse_tensors(contents[WEIGHTS], path / WEIGHTS)
+                checked = _checked(scratch, path, digest, self.model, tensors)
+                if not target.is_dir():  # else another process made it, of the same bytes
+                    width = self.model.hidden_size
+                    write_parameters(scratch, checked.config, width, tensors)
+                    _rename(scratch, target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            adapter = replace(checked, directory=target)
             self._versions[digest] = adapter
             return adapter
 
 
-def _checked(copy: Path, source: Path, digest: str, model: ModelShape) -> Adapter:
+def _rename(scratch: Path, target: Path) -> None:
     try:
-        return read_adapter(copy, digest, model)
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
+
+
+def _checked(
+    copy: Path, source: Path, digest: str, model: ModelShape, tensors: Mapping[str, Tensor]
+) -> Adapter:
+    try:
+        return read_adapter(copy, digest, model, tensors, source / WEIGHTS)
     except ValueError as error:  # ours are; the user knows the source, not the copy
         raise type(error)(str(error).replace(str(copy), str(source))) from None
 
@@ -141,7 +154,7 @@ def _unreadable(path: Path, error: OSError) -> AdapterMismatchError:
 
 
 def _digest(contents: Sequence[bytes]) -> str:
-    found = hashlib.sha256()
+    found = hashlib.sha256(_FORMAT)
     for data in contents:
         found.update(len(data).to_bytes(8, "little"))
         found.update(data)  # not joined: to copy millions of bytes takes longer than to hash them
