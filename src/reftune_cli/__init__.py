@@ -150,10 +150,11 @@ def evaluate(
     """Evaluate adapters, and their base model, on tasks."""
     with reported_errors():
         from reftune.errors import ReftConfigError
-        from reftune_cli.console import ConsoleReporter, evaluate_adapter, show_scores
+        from reftune_cli.console import ConsoleReporter, show_scores
         from reftune_cli.evaluation import (
+            Request,
             evaluate_lm_eval,
-            evaluate_several,
+            evaluate_with_hf,
             evaluate_with_vllm,
             show_lm_eval,
         )
@@ -165,19 +166,15 @@ def evaluate(
                 f"--engine is {engine!r}; accepted are hf and, for --tasks, vllm."
             )
         names = [name.strip() for name in (tasks or lm_eval or "").split(",")]
-        common = (limit, batch_size, base, out, model, dtype)
+        asked = Request(adapters, names, data_dir, limit, batch_size, base, out, model, dtype)
         with ConsoleReporter() as reporter:
             if lm_eval is not None:
-                if len(adapters) > 1:
-                    raise ReftConfigError("--lm-eval takes one adapter at a time.")
-                asked = (num_fewshot, chat_template, include_path)
-                found = evaluate_lm_eval(adapters[0], names, *common, *asked, reporter)
+                harness = (num_fewshot, chat_template, include_path)
+                found = evaluate_lm_eval(asked, reporter, *harness)
             elif engine == "vllm":
-                found = evaluate_with_vllm(adapters, names, data_dir, *common, reporter)
-            elif len(adapters) > 1:
-                found = evaluate_several(adapters, names, data_dir, *common, reporter)
+                found = evaluate_with_vllm(asked, reporter)
             else:
-                found = evaluate_adapter(adapters[0], names, data_dir, *common, reporter)
+                found = evaluate_with_hf(asked, reporter)
         show_scores(found) if lm_eval is None else show_lm_eval(found)
 
 

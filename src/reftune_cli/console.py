@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -38,13 +37,10 @@ from reftune.methods import (
 )
 from reftune.prompts import encode_prompt
 from reftune.run import (
-    RESULTS,
     Loaded,
-    Reporter,
     find_adapter,
     load_adapter,
     template_of,
-    write_text,
 )
 from reftune.settings import RunConfig, describe
 from reftune.tasks import get_task
@@ -175,34 +171,6 @@ def show_samples(config: RunConfig, task: str) -> None:
 def _shorten(text: str, length: int = 240) -> str:
     text = text.strip()
     return text if len(text) <= length else f"{text[:length]}…"
-
-
-def evaluate_adapter(
-    adapter: str,
-    tasks: Sequence[str],
-    data_dir: str,
-    limit: int | None,
-    batch_size: int,
-    base: bool,
-    folder: Path | None,
-    model: str | None,
-    dtype: str,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Evaluate an adapter that exists; see the verb `evaluate`."""
-    found = [get_task(name, data_dir, limit=limit) for name in tasks]
-    reporter.say(f"Loading {adapter}")
-    loaded = load_adapter(adapter, base=model, dtype=dtype)
-    results = evaluate.run_all(
-        found,
-        HFEngine(loaded.model, loaded.tokenizer, batch_size),
-        base=base,
-        samples=folder / "samples" if folder else None,
-        progress=reporter.evaluating,
-    )
-    if folder is not None:
-        write_text(folder / RESULTS, json.dumps({"tasks": results}, indent=2) + "\n")
-    return results
 
 
 def generate_replies(

@@ -1,10 +1,11 @@
-"""The verb `evaluate` for several adapters at once, and for lm-eval's tasks."""
+"""The verb `evaluate`: our tasks with transformers or vLLM, and lm-eval's tasks."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +18,76 @@ from reftune import evaluate
 from reftune.errors import ReftConfigError
 from reftune.generate import HFEngine
 from reftune.run import RESULTS, Reporter, find_adapter, load_adapter, write_text
-from reftune.tasks import get_task
+from reftune.tasks import Task, get_task
 from reftune_cli.chat import load_chat, named_adapter
 from reftune_cli.console import out
 
 LM_EVAL_RESULTS = "lm-eval.json"
 
 
-def evaluate_several(
-    adapters: Sequence[str],
-    tasks: Sequence[str],
-    data_dir: str,
-    limit: int | None,
-    batch_size: int,
-    base: bool,
-    folder: Path | None,
-    model: str | None,
-    dtype: str,
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Evaluate several adapters of one base model in one pass; see the verb `evaluate`."""
-    found = [get_task(name, data_dir, limit=limit) for name in tasks]
-    _check_one_pass(adapters, model)
-    reporter.say(f"Loading {', '.join(adapters)}")
-    loaded, names, _ = load_chat(adapters, model, dtype)
-    results = evaluate.run_all(
-        found,
-        HFEngine(loaded.model, loaded.tokenizer, batch_size),
-        base=base,
-        samples=folder / "samples" if folder else None,
-        progress=reporter.evaluating,
-        adapters=names,
-    )
-    if folder is not None:
-        write_text(folder / RESULTS, json.dumps({"tasks": results}, indent=2) + "\n")
-    return results
+@dataclass(frozen=True)
+class Request:
+    """What the verb `evaluate` was asked for.
+
+    `tasks` are ours or lm-eval's; `folder` is where samples and results are kept, None for nowhere.
+    """
+
+    adapters: Sequence[str]
+    tasks: Sequence[str]
+    data_dir: str
+    limit: int | None
+    batch_size: int
+    base: bool
+    folder: Path | None
+    model: str | None
+    dtype: str
+
+    def open_tasks(self) -> list[Task]:
+        """Return our tasks with their data: before a model is loaded, since names may be wrong."""
+        return [get_task(name, self.data_dir, limit=self.limit) for name in self.tasks]
+
+    def run(
+        self, tasks: Sequence[Task], engine: Any, reporter: Reporter, names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Evaluate the adapters that an engine has under names, and write the results."""
+        results = evaluate.run_all(
+            tasks,
+            engine,
+            base=self.base,
+            samples=self.folder / "samples" if self.folder else None,
+            progress=reporter.evaluating,
+            adapters=names,
+        )
+        self.keep(RESULTS, results)
+        return results
+
+    def keep(self, name: str, results: Mapping[str, Any]) -> None:
+        """Write results into the folder, if there is one."""
+        if self.folder is not None:
+            write_text(self.folder / name, json.dumps({"tasks": results}, indent=2) + "\n")
 
 
-def evaluate_with_vllm(
-    adapters: Sequence[str],
-    tasks: Sequence[str],
-    data_dir: str,
-    limit: int | None,
-    batch_size: int,
-    base: bool,
-    folder: Path | None,
-    model: str | None,
-    dtype: str,
-    reporter: Reporter,
-) -> dict[str, Any]:
+def evaluate_with_hf(request: Request, reporter: Reporter) -> dict[str, Any]:
+    """Evaluate an adapter with transformers; or several of one base model, in one pass."""
+    adapters, tasks = request.adapters, request.open_tasks()
+    if len(adapters) == 1:
+        reporter.say(f"Loading {adapters[0]}")
+        loaded = load_adapter(adapters[0], base=request.model, dtype=request.dtype)
+        names: Sequence[str] = []
+    else:
+        _check_one_pass(adapters, request.model)
+        reporter.say(f"Loading {', '.join(adapters)}")
+        loaded, names, _ = load_chat(adapters, request.model, request.dtype)
+    engine = HFEngine(loaded.model, loaded.tokenizer, request.batch_size)
+    return request.run(tasks, engine, reporter, names)
+
+
+def evaluate_with_vllm(request: Request, reporter: Reporter) -> dict[str, Any]:
     """Evaluate adapters and their base with vLLM, all in one stream of batches."""
     from reftune.serve.engine import VLLMEngine
     from reftune.serve.launch import base_of
 
-    found = [get_task(name, data_dir, limit=limit) for name in tasks]
+    adapters, model, tasks = request.adapters, request.model, request.open_tasks()
     one = len(adapters) == 1
     named = {"adapter": adapters[0]} if one else dict(map(named_adapter, adapters))
     if len(named) != len(adapters):
@@ -85,57 +102,41 @@ def evaluate_with_vllm(
             "the model with --model."
         )
     reporter.say(f"Starting vLLM with {trained_on}")
-    engine = VLLMEngine(trained_on, where, options={"dtype": dtype, "max_num_seqs": batch_size})
-    results = evaluate.run_all(
-        found,
-        engine,
-        base=base,
-        samples=folder / "samples" if folder else None,
-        progress=reporter.evaluating,
-        adapters=list(where),
-    )
-    if folder is not None:
-        write_text(folder / RESULTS, json.dumps({"tasks": results}, indent=2) + "\n")
-    return results
+    options = {"dtype": request.dtype, "max_num_seqs": request.batch_size}
+    engine = VLLMEngine(trained_on, where, options=options)
+    return request.run(tasks, engine, reporter, list(where))
 
 
 def evaluate_lm_eval(
-    adapter: str,
-    tasks: Sequence[str],
-    limit: int | None,
-    batch_size: int,
-    base: bool,
-    folder: Path | None,
-    model: str | None,
-    dtype: str,
+    request: Request,
+    reporter: Reporter,
     num_fewshot: int | None,
     chat_template: bool,
     include_path: str | None,
-    reporter: Reporter,
 ) -> dict[str, Any]:
-    """Evaluate an adapter on lm-eval's tasks; see the verb `evaluate`."""
+    """Evaluate an adapter on lm-eval's tasks."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ReftConfigError("lm-eval is not installed: pip install 'reftune[lm-eval]'.")
+    if len(request.adapters) > 1:
+        raise ReftConfigError("--lm-eval takes one adapter at a time.")
     from lm_eval.tasks import TaskManager
 
     from reftune.harness import ReftuneLM, run_tasks
 
+    (adapter,) = request.adapters
     reporter.say(f"Loading {adapter}")
-    loaded = load_adapter(adapter, base=model, dtype=dtype)
+    loaded = load_adapter(adapter, base=request.model, dtype=request.dtype)
     results = run_tasks(
-        ReftuneLM(loaded, batch_size=batch_size),
-        tasks,
-        base=base,
+        ReftuneLM(loaded, batch_size=request.batch_size),
+        request.tasks,
+        base=request.base,
         num_fewshot=num_fewshot,
-        limit=limit,
+        limit=request.limit,
         chat_template=chat_template,
         manager=TaskManager(include_path=include_path),
-        cache=folder / "lm-eval-cache" if folder else None,
+        cache=request.folder / "lm-eval-cache" if request.folder else None,
     )
-    if folder is not None:
-        write_text(
-            folder / LM_EVAL_RESULTS, json.dumps({"tasks": results}, indent=2, default=str) + "\n"
-        )
+    request.keep(LM_EVAL_RESULTS, json.loads(json.dumps(results, default=str)))
     return results
 
 
