@@ -1,7 +1,11 @@
-"""The embedded model, with adapters of several kinds: the tokens of transformers."""
+"""Real models, with adapters of several kinds: the tokens of transformers.
+
+The embedded model, and those whose directories REFTUNE_REAL_MODELS names (as PATH does).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,15 +25,20 @@ from reftune.prompts import encode_prompt
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "f7l7": {"r": 8, "positions": "f7+l7"},
-    "last": {"r": 4, "positions": "l1", "layers": [5, 15, 25]},
+    "last": {"r": 4, "positions": "l1", "layers": [5, 12, 17]},
     "sides": {"r": 4, "positions": "f2+l2", "tied": "sides", "method": "direft", "layers": [8]},
 }
 
 
+EMBEDDED = "smollm2-135m"
+NAMED = [path for path in os.environ.get("REFTUNE_REAL_MODELS", "").split(os.pathsep) if path]
+
+
 @pytest.mark.slow
-def test_the_embedded_model(start: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", [EMBEDDED, *NAMED])
+def test_a_real_model(base: str, start: Callable[..., Any], tmp_path: Path) -> None:
     try:
-        model, tokenizer = load_model("smollm2-135m", "float32")
+        model, tokenizer = load_model(base, "float32")
     except (ReftuneError, OSError):
         pytest.skip("the embedded model is not installed, and there is no Hub")
     adapted: Any = None
@@ -52,7 +61,7 @@ def test_the_embedded_model(start: Callable[..., Any], tmp_path: Path) -> None:
         [c.token_ids for c in alone.generate(inputs, Sampling(max_new_tokens=24), which)]
         for which in (names, [None] * len(names))
     )
-    llm = start(model=resolve("smollm2-135m"), max_num_batched_tokens=64)  # prompts in parts
+    llm = start(model=resolve(base), max_num_batched_tokens=64)  # prompts in parts
     outputs = run(llm, inputs, requests({n: tmp_path / n for n in CONFIGS}, names), tokens=24)
     assert [t[: len(w)] for t, w in zip(tokens_of(outputs), wanted, strict=True)] == wanted
     assert sum(a != b for a, b in zip(wanted, bare, strict=True)) >= 5
