@@ -35,10 +35,10 @@ NAMED = [path for path in os.environ.get("REFTUNE_REAL_MODELS", "").split(os.pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [EMBEDDED, *NAMED])
-def test_a_real_model(base: str, start: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("real", [EMBEDDED, *NAMED])
+def test_a_real_model(real: str, start: Callable[..., Any], tmp_path: Path) -> None:
     try:
-        model, tokenizer = load_model(base, "float32")
+        model, tokenizer = load_model(real, "float32")
     except (ReftuneError, OSError):
         pytest.skip("the embedded model is not installed, and there is no Hub")
     adapted: Any = None
@@ -61,7 +61,7 @@ def test_a_real_model(base: str, start: Callable[..., Any], tmp_path: Path) -> N
         [c.token_ids for c in alone.generate(inputs, Sampling(max_new_tokens=24), which)]
         for which in (names, [None] * len(names))
     )
-    llm = start(model=resolve(base), max_num_batched_tokens=64)  # prompts in parts
+    llm = start(model=resolve(real), max_num_batched_tokens=64)  # prompts in parts
     outputs = run(llm, inputs, requests({n: tmp_path / n for n in CONFIGS}, names), tokens=24)
     assert [t[: len(w)] for t, w in zip(tokens_of(outputs), wanted, strict=True)] == wanted
-    assert sum(a != b for a, b in zip(wanted, bare, strict=True)) >= 5
+    assert sum(a != b for a, b in zip(wanted, bare, strict=True)) >= 3  # of six with an adapter
