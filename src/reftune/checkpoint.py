@@ -101,7 +101,7 @@ def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
     """Return what `read_tensors` does, of the bytes that were read from a file."""
     try:
         return _without_prefix(load(data))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # or of a strange dtype
         raise _unreadable(path, error) from error
 
 

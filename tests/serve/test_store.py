@@ -146,6 +146,13 @@ def _tensors(change: Any) -> Any:
     return write
 
 
+def _of_dtype(dtype: str) -> bytes:
+    header = json.dumps({"x": {"dtype": dtype, "shape": [8], "data_offsets": [0, 4]}}).encode()
+    if dtype == "I32":
+        header = header.replace(b"[8]", b"[1]")
+    return len(header).to_bytes(8, "little") + header + b"\0" * 4
+
+
 def _pickled(folder: Path) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
@@ -164,6 +171,8 @@ def _first(tensors: dict[str, torch.Tensor]) -> str:
         (lambda f: (f / CONFIG).write_text("{"), "cannot be read"),
         (lambda f: (f / CONFIG).write_text("[]"), "cannot be read"),
         (lambda f: (f / WEIGHTS).write_bytes(b""), "safetensors"),
+        (lambda f: (f / WEIGHTS).write_bytes(_of_dtype("F4")), "safetensors"),
+        (lambda f: (f / WEIGHTS).write_bytes(_of_dtype("I32")), "no edit of a decoder layer"),
         (_config(peft_type="LORA"), "type 'LORA'"),
         (_config(method="loreeft"), "accepted are"),
         (_config(positions="x7"), "positions is"),
