@@ -54,13 +54,20 @@ def check_tensors(
     `targets` are the widths of the layers that are edited by their names, `what` the file's name
     for an error. Raises AdapterMismatchError.
     """
+    check_shapes(config, targets, tensors, what)
+    check_values(tensors, what, config.intervention.orthonormal)
+
+
+def check_shapes(
+    config: ReftConfig, targets: Mapping[str, int], tensors: Mapping[str, Tensor], what: str
+) -> None:
+    """Do the part of `check_tensors` that reads no value."""
     expected: dict[str, tuple[int, ...]] = {}
     for width in set(targets.values()):
-        shapes = {k: tuple(p.shape) for k, p in config.build(width).named_parameters()}
+        shapes = {k: tuple(p.shape) for k, p in config.formula(width).named_parameters()}
         for name in (n for n, w in targets.items() if w == width):
             expected |= {f"{name}{_MARK}{k}": shape for k, shape in shapes.items()}
     _compare(expected, {k: tuple(t.shape) for k, t in tensors.items() if _MARK in k}, what)
-    _require_sound(tensors, what, config.intervention.orthonormal)
 
 
 def check_state_dict(
@@ -76,7 +83,29 @@ def check_state_dict(
     found = {plain_name(k): tuple(t.shape) for k, t in state_dict.items() if _MARK in k}
     _compare(_without_prefix(expected), _without_prefix(found), f"adapter {adapter_name!r}")
     own = {k: rows_of(t).cpu() for k, t in state_dict.items()}  # of a sharded one, what is here
-    _require_sound(own, f"adapter {adapter_name!r}", config.intervention.orthonormal)
+    check_values(own, f"adapter {adapter_name!r}", config.intervention.orthonormal)
+
+
+def check_values(tensors: Mapping[str, Tensor], what: str, orthonormal: bool) -> None:
+    """Check that values are finite and, where R is `orthonormal`, its rows independent.
+
+    Raises AdapterMismatchError.
+    """
+    for key, tensor in tensors.items():
+        name = f"{what}: {key.removeprefix(_PREFIX)}"
+        if not tensor.is_floating_point():
+            raise AdapterMismatchError(f"{name} has dtype {tensor.dtype}, not a floating one.")
+        # A sum that is finite takes a sixth of the time; one that overflows says nothing.
+        if not (tensor.sum().isfinite() or tensor.isfinite().all()):
+            raise AdapterMismatchError(
+                f"{name} has values that are not finite. The training diverged: load an earlier "
+                "checkpoint."
+            )
+        is_R = orthonormal and _MARK in key and key.split(".")[-1] == "R" and tensor.numel()
+        if is_R and not is_orthonormal(tensor):
+            rows = tensor.double()
+            if torch.linalg.eigvalsh(rows @ rows.mT).min() < 1e-6:
+                raise AdapterMismatchError(f"{name} has rows that are zero or depend on another.")
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -110,24 +139,6 @@ def _unreadable(path: Path, error: Exception) -> AdapterMismatchError:
         f"{path} cannot be read as safetensors ({error}). It may be truncated: copy or download "
         "it again."
     )
-
-
-def _require_sound(tensors: Mapping[str, Tensor], what: str, orthonormal: bool) -> None:
-    for key, tensor in tensors.items():
-        name = f"{what}: {key.removeprefix(_PREFIX)}"
-        if not tensor.is_floating_point():
-            raise AdapterMismatchError(f"{name} has dtype {tensor.dtype}, not a floating one.")
-        # A sum that is finite takes a sixth of the time; one that overflows says nothing.
-        if not (tensor.sum().isfinite() or tensor.isfinite().all()):
-            raise AdapterMismatchError(
-                f"{name} has values that are not finite. The training diverged: load an earlier "
-                "checkpoint."
-            )
-        is_R = orthonormal and _MARK in key and key.split(".")[-1] == "R" and tensor.numel()
-        if is_R and not is_orthonormal(tensor):
-            rows = tensor.double()
-            if torch.linalg.eigvalsh(rows @ rows.mT).min() < 1e-6:
-                raise AdapterMismatchError(f"{name} has rows that are zero or depend on another.")
 
 
 def _without_prefix(named: Mapping[str, T]) -> dict[str, T]:

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from reftune.errors import ReftConfigError, did_you_mean
-from reftune.interventions import METHODS, Intervention, Shape
+from reftune.interventions import METHODS, Intervention, Shape, formula
 from reftune.positions import SHORT_PROMPTS, TIED, Positions
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -195,6 +195,10 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
         """Return a fresh intervention for one layer of width `hidden_size`."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return self.intervention(self.shape(hidden_size), dtype)
+
+    def formula(self, hidden_size: int) -> Intervention:
+        """Return what `build` does, without values, shared by all that have the same shape."""
+        return formula(self.intervention, self.shape(hidden_size), getattr(torch, self.dtype))
 
     def subspace_rows(self, names: list[str]) -> list[int]:
         """Return the rows of R that the named subspaces have.

@@ -14,7 +14,7 @@ from typing import final
 
 from torch import Tensor
 
-from reftune.checkpoint import WEIGHTS, check_tensors
+from reftune.checkpoint import WEIGHTS, check_shapes
 from reftune.config import ReftConfig
 from reftune.errors import AdapterMismatchError, ReftConfigError
 
@@ -90,8 +90,8 @@ def read_adapter(
 ) -> Adapter:
     """Return the adapter of a config in a directory and of tensors, if they fit the model.
 
-    `source` is the file that the tensors were read from. Raises AdapterMismatchError or
-    ReftConfigError.
+    Values are not looked at. `source` is the file that the tensors were read from. Raises
+    AdapterMismatchError or ReftConfigError.
     """
     config = read_config(directory)
     keys = [_KEY.fullmatch(key) for key in tensors]
@@ -110,7 +110,7 @@ def read_adapter(
                 ". Serve it on the base model it was trained for."
             )
     widths = {f"{paths[0]}.{i}": model.hidden_size for i in layers}
-    check_tensors(config, widths, tensors, str(source))
+    check_shapes(config, widths, tensors, str(source))
     return Adapter(digest, directory, config, layers)
 
 

@@ -152,7 +152,7 @@ def load(digest: str, directory: Path, hidden_size: int) -> Loaded:
     return Loaded(
         digest=digest,
         kind=(config.method, config.act_fn, config.topk, config.dtype, rank),
-        phi=config.build(hidden_size).requires_grad_(False).eval(),
+        phi=config.formula(hidden_size),
         rank=rank,
         dtype=getattr(torch, config.dtype),
         numbers=numbers,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from reftune.checkpoint import check_values
 from reftune.config import ReftConfig
 from reftune.orthonormal import is_orthonormal, orthonormalise
 from reftune.serve.adapter import layer_and_name
@@ -30,32 +30,35 @@ def padded_rank(config: ReftConfig) -> int:
     return 1 << max((config.r or 1) - 1, 0).bit_length()
 
 
-def write_parameters(
-    directory: Path, config: ReftConfig, hidden_size: int, tensors: Mapping[str, Tensor]
-) -> None:
-    """Write the parameters of a checkpoint that was checked, R on its manifold as the tuner has it.
+def make_parameters(
+    config: ReftConfig, hidden_size: int, tensors: Mapping[str, Tensor], source: Path
+) -> dict[str, Tensor]:
+    """Return the parameters of a checkpoint whose shapes were checked, and LAYERS.
 
-    Ranks are padded with zeros: a row of R that is zero edits nothing.
+    R is put on its manifold where it is off it, by the tuner's rule. Ranks are padded with zeros: a
+    row of R that is zero edits nothing. Raises AdapterMismatchError where values are unsound.
     """
-    rank, padded = config.r or 1, padded_rank(config)
-    shapes = {name: p.shape for name, p in config.build(hidden_size).named_parameters()}
+    orthonormal, padded = config.intervention.orthonormal, padded_rank(config)
     by_layer: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, name = layer_and_name(key)
         by_layer.setdefault(layer, {})[name] = tensor
-    found = {}
-    for name, (groups, *rest) in shapes.items():
-        if config.r is not None:
-            rest[0] = padded
-        value = torch.zeros(len(by_layer), groups, *rest, dtype=getattr(torch, config.dtype))
+    found, own = {}, {}  # own: views of them without the padding
+    for name, p in config.formula(hidden_size).named_parameters():
+        groups, size, *rest = p.shape
+        wide = size if config.r is None else padded
+        found[name] = torch.zeros(len(by_layer), groups, wide, *rest, dtype=p.dtype)
+        own[name] = found[name][:, :, :size]
         for i, layer in enumerate(sorted(by_layer)):
-            value[i, :, : shapes[name][1]] = by_layer[layer][name]
-        found[name] = value
-    if config.intervention.orthonormal:
-        for R in found["R"][:, :, :rank]:
+            own[name][i] = by_layer[layer][name]
+    sound = all(t.is_floating_point() for t in tensors.values())
+    sound = sound and all(bool(t.sum().isfinite()) for t in own.values())
+    if not (sound and (not orthonormal or is_orthonormal(own["R"]))):  # look at each; seldom
+        check_values(tensors, str(source), orthonormal)
+        for R in own["R"] if orthonormal else ():
             if not is_orthonormal(R):
                 R.copy_(orthonormalise(R))
-    save_file({LAYERS: torch.tensor(sorted(by_layer)), **found}, directory / PARAMETERS)
+    return {LAYERS: torch.tensor(sorted(by_layer)), **found}
 
 
 def read_parameters(directory: Path) -> tuple[tuple[int, ...], Mapping[str, Tensor]]:

@@ -19,12 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import final
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from reftune.checkpoint import WEIGHTS, parse_tensors
 from reftune.errors import AdapterMismatchError
 from reftune.serve.adapter import CONFIG, Adapter, ModelShape, read_adapter
-from reftune.serve.parameters import write_parameters
+from reftune.serve.parameters import PARAMETERS, make_parameters
 from reftune.serve.settings import MiB
 
 _FILES = (CONFIG, WEIGHTS)
@@ -113,7 +114,8 @@ class Store:
                 checked = _checked(scratch, path, digest, self.model, tensors)
                 if not target.is_dir():  # else another process made it, of the same bytes
                     width = self.model.hidden_size
-                    write_parameters(scratch, checked.config, width, tensors)
+                    made = make_parameters(checked.config, width, tensors, path / WEIGHTS)
+                    save_file(made, scratch / PARAMETERS)
                     _rename(scratch, target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
