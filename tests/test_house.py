@@ -112,6 +112,7 @@ ROOMS = (
     "serve.settings",
     "serve.version",
     "serve.adapter",
+    "serve.parameters",
     "serve.store",
     "serve.edits",
     "serve.bank",

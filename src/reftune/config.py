@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from reftune.errors import ReftConfigError, did_you_mean
-from reftune.interventions import METHODS, Intervention, Shape, formula
+from reftune.interventions import METHODS, Intervention, Shape
 from reftune.positions import SHORT_PROMPTS, TIED, Positions
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -198,7 +199,7 @@ class ReftConfig(PeftConfig):  # type: ignore[misc]
 
     def formula(self, hidden_size: int) -> Intervention:
         """Return what `build` does, without values, shared by all that have the same shape."""
-        return formula(self.intervention, self.shape(hidden_size), getattr(torch, self.dtype))
+        return _formula(self.intervention, self.shape(hidden_size), getattr(torch, self.dtype))
 
     def subspace_rows(self, names: list[str]) -> list[int]:
         """Return the rows of R that the named subspaces have.
@@ -283,3 +284,10 @@ def _parse_layers(layers: str | list[int] | tuple[int, ...] | int) -> str | list
     if len(set(numbers)) != len(numbers):
         raise ReftConfigError(f"layers is {layers!r}; it names a layer twice.")
     return sorted(numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def _formula(kind: type[Intervention], shape: Shape, dtype: torch.dtype) -> Intervention:
+    """Return an intervention without values: its formula, its parameters' names and shapes."""
+    with torch.device("meta"):
+        return kind(replace(shape, init="paper"), dtype).requires_grad_(False).eval()

@@ -10,11 +10,10 @@ serves one adapter (none), one Phi per token (G) and a different adapter per exa
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
@@ -119,13 +118,6 @@ class Intervention(nn.Module, ABC):
         s = self.shape
         rank = f", rank={s.rank}" if self.has_rank else ""
         return f"{self.method}, hidden_size={s.hidden_size}{rank}, groups={s.groups}"
-
-
-@functools.lru_cache(maxsize=256)
-def formula(kind: type[Intervention], shape: Shape, dtype: torch.dtype) -> Intervention:
-    """Return an intervention without values: its formula, its parameters' names and shapes."""
-    with torch.device("meta"):
-        return kind(replace(shape, init="paper"), dtype).requires_grad_(False).eval()
 
 
 def retract(interventions: Sequence[Intervention]) -> int:
