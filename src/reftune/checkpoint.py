@@ -6,9 +6,9 @@ function, so here it is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,25 +43,19 @@ def check_before_injection(config: ReftConfig, targets: Mapping[str, int]) -> No
             f"{path} has an adapter_config.json and no {WEIGHTS}. Copy or download the adapter "
             "again. (For a fresh adapter with this config: dataclasses.replace(config).)"
         )
-    check_tensors(config, targets, read_tensors(path / WEIGHTS), str(path / WEIGHTS))
-
-
-def check_tensors(
-    config: ReftConfig, targets: Mapping[str, int], tensors: Mapping[str, Tensor], what: str
-) -> None:
-    """Check the tensors of a checkpoint, by their keys without PEFT's prefix.
-
-    `targets` are the widths of the layers that are edited by their names, `what` the file's name
-    for an error. Raises AdapterMismatchError.
-    """
-    check_shapes(config, targets, tensors, what)
-    check_values(tensors, what, config.intervention.orthonormal)
+    tensors: dict[str, Tensor] = _from_file(path / WEIGHTS, lambda file, key: file.get_tensor(key))
+    check_shapes(config, targets, tensors, str(path / WEIGHTS))
+    check_values(tensors, str(path / WEIGHTS), config.intervention.orthonormal)
 
 
 def check_shapes(
     config: ReftConfig, targets: Mapping[str, int], tensors: Mapping[str, Tensor], what: str
 ) -> None:
-    """Do the part of `check_tensors` that reads no value."""
+    """Check that the tensors of a checkpoint are those of its config, by their shapes alone.
+
+    Keys are without PEFT's prefix, `targets` the widths of the layers that are edited by their
+    names, `what` the file's name for an error. Raises AdapterMismatchError.
+    """
     expected: dict[str, tuple[int, ...]] = {}
     for width in set(targets.values()):
         shapes = {k: tuple(p.shape) for k, p in config.formula(width).named_parameters()}
@@ -109,29 +103,31 @@ def check_values(tensors: Mapping[str, Tensor], what: str, orthonormal: bool) ->
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in a safetensors file, as `read_tensors` does its tensors."""
-    return {key: tuple(tensor.shape) for key, tensor in read_tensors(path).items()}
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, by their keys without PEFT's prefix.
+    """Return the shapes in a safetensors file, from its header alone, without PEFT's key prefix.
 
     Raises AdapterMismatchError where the file is no safetensors or is truncated.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-    return _without_prefix(tensors)
+    return _from_file(path, lambda file, key: tuple(file.get_slice(key).get_shape()))
 
 
 def parse_tensors(data: bytes, path: Path) -> dict[str, Tensor]:
-    """Return what `read_tensors` does, of the bytes that were read from a file."""
+    """Return the tensors in the bytes of a safetensors file, without PEFT's key prefix.
+
+    `path` is where they were read, for an error. Raises AdapterMismatchError as `read_shapes`.
+    """
     try:
         return _without_prefix(load(data))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # or of a strange dtype
         raise _unreadable(path, error) from error
+
+
+def _from_file(path: Path, get: Callable[[Any, str], T]) -> dict[str, T]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: get(file, key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from error
+    return _without_prefix(found)
 
 
 def _unreadable(path: Path, error: Exception) -> AdapterMismatchError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,13 @@ class Request:
         self.keep(RESULTS, results)
         return results
 
-    def keep(self, name: str, results: Mapping[str, Any]) -> None:
-        """Write results into the folder, if there is one."""
+    def keep(
+        self, name: str, results: Mapping[str, Any], default: Callable[[Any], str] | None = None
+    ) -> None:
+        """Write results into the folder, if there is one; `default` is `json.dumps`'s."""
         if self.folder is not None:
-            write_text(self.folder / name, json.dumps({"tasks": results}, indent=2) + "\n")
+            text = json.dumps({"tasks": results}, indent=2, default=default)
+            write_text(self.folder / name, text + "\n")
 
 
 def evaluate_with_hf(request: Request, reporter: Reporter) -> dict[str, Any]:
@@ -115,10 +118,10 @@ def evaluate_lm_eval(
     include_path: str | None,
 ) -> dict[str, Any]:
     """Evaluate an adapter on lm-eval's tasks."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ReftConfigError("lm-eval is not installed: pip install 'reftune[lm-eval]'.")
     if len(request.adapters) > 1:
         raise ReftConfigError("--lm-eval takes one adapter at a time.")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ReftConfigError("lm-eval is not installed: pip install 'reftune[lm-eval]'.")
     from lm_eval.tasks import TaskManager
 
     from reftune.harness import ReftuneLM, run_tasks
@@ -136,7 +139,7 @@ def evaluate_lm_eval(
         manager=TaskManager(include_path=include_path),
         cache=request.folder / "lm-eval-cache" if request.folder else None,
     )
-    request.keep(LM_EVAL_RESULTS, json.loads(json.dumps(results, default=str)))
+    request.keep(LM_EVAL_RESULTS, results, default=str)
     return results
 
 

@@ -23,12 +23,12 @@ from reftune.generate import HFEngine, Sampling
 from reftune.models import load_model, resolve
 from reftune.prompts import encode_prompt
 
+# Layers are of the embedded model's 30; another model has the nearest.
 CONFIGS: dict[str, dict[str, Any]] = {
     "f7l7": {"r": 8, "positions": "f7+l7"},
-    "last": {"r": 4, "positions": "l1", "layers": [5, 12, 17]},
+    "last": {"r": 4, "positions": "l1", "layers": [5, 15, 25]},
     "sides": {"r": 4, "positions": "f2+l2", "tied": "sides", "method": "direft", "layers": [8]},
 }
-
 
 EMBEDDED = "smollm2-135m"
 NAMED = [path for path in os.environ.get("REFTUNE_REAL_MODELS", "").split(os.pathsep) if path]
@@ -40,10 +40,15 @@ def test_a_real_model(real: str, start: Callable[..., Any], tmp_path: Path) -> N
     try:
         model, tokenizer = load_model(real, "float32")
     except (ReftuneError, OSError):
+        if real != EMBEDDED:
+            raise
         pytest.skip("the embedded model is not installed, and there is no Hub")
     adapted: Any = None
     for seed, (name, config) in enumerate(CONFIGS.items()):
         torch.manual_seed(seed)
+        if "layers" in config:
+            depth = model.config.num_hidden_layers
+            config = config | {"layers": [layer * depth // 30 for layer in config["layers"]]}
         settings = ReftConfig(task_type="CAUSAL_LM", **config)
         if adapted is None:
             adapted = get_peft_model(model, settings, adapter_name=name)
@@ -64,4 +69,4 @@ def test_a_real_model(real: str, start: Callable[..., Any], tmp_path: Path) -> N
     llm = start(model=resolve(real), max_num_batched_tokens=64)  # prompts in parts
     outputs = run(llm, inputs, requests({n: tmp_path / n for n in CONFIGS}, names), tokens=24)
     assert [t[: len(w)] for t, w in zip(tokens_of(outputs), wanted, strict=True)] == wanted
-    assert sum(a != b for a, b in zip(wanted, bare, strict=True)) >= 3  # of six with an adapter
+    assert sum(a != b for a, b in zip(wanted, bare, strict=True)) >= 5
