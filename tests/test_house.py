@@ -54,6 +54,7 @@ ROOMS = (
     "speed",
     "speed.patch",
     "speed.dropout",
+    "speed.norms",
     "speed.products",
     "speed.attention",
     "speed.compiled",

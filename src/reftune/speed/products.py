@@ -6,6 +6,7 @@ product, and causal attention is computed in blocks of queries, each with the ke
 The probabilities of long sequences are computed again in the backward.
 
 Shapes: B batch, H query heads, K key heads, N = B*K, G = H/K, S queries, T keys, D head size.
+Queries, outputs and their gradients stay as the projections lay them out, (B, S, H, D) in memory.
 """
 
 from __future__ import annotations
@@ -63,51 +64,53 @@ class _Attention(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> Tensor:
-        B, H, S, D = query.shape
+        B, _, S, D = query.shape
         k, v = (t.reshape(-1, t.shape[2], D) for t in (key, value))
-        q = (query * scale).reshape(len(k), -1, S, D)
         if k.dtype.itemsize < 4:
             # The softmax is the same of keys less any vector. What they have in common, a bias of
             # Qwen2's, adds up to nothing in the gradient, but for its rounding.
             k = (k - k.mean(1, keepdim=True, dtype=torch.float32)).to(k.dtype)
-        out, saved = q.new_empty(q.shape), []
+        q, out, saved = _by_key_head(query, key), _as_projected(query), []
+        out_q = _by_key_head(out, key)
         for rows, columns in _blocks(S, k.shape[1], causal):
-            q_i = _folded(q, rows)
+            q_i = _folded(q, rows, scale)
             p = _probabilities(q_i, k[:, columns], mask, rows, causal, B)
             dropped = kept(p, dropout) if dropout else None
-            out[:, :, rows] = ((p if dropped is None else p * dropped) @ v[:, columns]).view(
-                out[:, :, rows].shape
-            )
+            block = (p if dropped is None else p * dropped) @ v[:, columns]
+            out_q[:, :, :, rows] = block.view(out_q[:, :, :, rows].shape)
             keep = dropout > 0 or columns.stop <= KEPT
             saved += [q_i, p if keep else None, dropped]
         ctx.save_for_backward(k, v, mask, *saved)
-        ctx.causal, ctx.scale = causal, scale
-        return out.view(B, H, S, D)
+        ctx.shape, ctx.causal, ctx.scale = key.shape, causal, scale
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         k, v, mask, *saved = ctx.saved_tensors
-        B, _, S, D = grads[0].shape
-        g = grads[0].reshape(len(k), -1, S, D)
-        dq = g.new_empty(g.shape)
-        dk, dv = (torch.zeros_like(t, dtype=_exact(t.dtype)) for t in (k, v))
-        parts = iter(saved)
-        for rows, columns in _blocks(S, k.shape[1], ctx.causal):
-            q_i, p, dropped = next(parts), next(parts), next(parts)
+        B, _, S, _ = grads[0].shape
+        dq, dk, dv = _as_projected(grads[0]), None, None
+        g, dq_q = (_by_key_head(t, k.view(ctx.shape)) for t in (grads[0], dq))
+        blocks = _blocks(S, k.shape[1], ctx.causal)
+        # Backwards, as the last queries attend to all keys.
+        for at in reversed(range(len(blocks))):
+            rows, columns = blocks[at]
+            q_i, p, dropped = saved[3 * at : 3 * at + 3]
             if p is None:
                 p = _probabilities(q_i, k[:, columns], mask, rows, ctx.causal, B)
             g_i = _folded(g, rows)
-            dv[:, columns] += (p if dropped is None else p * dropped).mT @ g_i
+            dv = _added(dv, columns, (p if dropped is None else p * dropped).mT @ g_i)
             dp = g_i @ v[:, columns].mT
             if dropped is not None:
                 dp *= dropped
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, :, rows] = (ds @ k[:, columns]).view(dq[:, :, rows].shape)
-            dk[:, columns] += ds.mT @ q_i
-        shape = (B, -1, k.shape[1], D)
-        dq = dq.mul_(ctx.scale).view(grads[0].shape)
-        return dq, dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape), None, None, None, None
+            dq_i = dq_q[:, :, :, rows]
+            torch.mul((ds @ k[:, columns]).view(dq_i.shape), ctx.scale, out=dq_i)
+            dk = _added(dk, columns, ds.mT @ q_i)
+        assert dk is not None
+        assert dv is not None
+        dk, dv = (t.to(k.dtype).view(ctx.shape) for t in (dk, dv))
+        return dq, dk, dv, None, None, None, None
 
 
 def _blocks(S: int, T: int, causal: bool) -> list[tuple[slice, slice]]:
@@ -122,9 +125,35 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _folded(t: Tensor, rows: slice) -> Tensor:
-    """Return rows of t (N, G, S, x) as (N, G*rows, x)."""
-    return t[:, :, rows].reshape(len(t), -1, t.shape[-1])
+def _as_projected(t: Tensor) -> Tensor:
+    """Return an empty (B, H, S, D) that is (B, S, H, D) in memory, as projections give and take."""
+    B, H, S, D = t.shape
+    return t.new_empty(B, S, H, D).transpose(1, 2)
+
+
+def _by_key_head(t: Tensor, key: Tensor) -> Tensor:
+    """Return a view (B, K, G, S, D) of t (B, H, S, D)."""
+    B, H, S, D = t.shape
+    K = key.shape[1]
+    return t.view(B, K, H // K, S, D)
+
+
+def _folded(t: Tensor, rows: slice, scale: float = 1.0) -> Tensor:
+    """Return rows of t (B, K, G, S, D), times `scale`, as (N, G*rows, D)."""
+    picked = t[:, :, :, rows]
+    if scale != 1.0:
+        scaled = picked.new_empty(picked.shape)
+        picked = torch.mul(picked, scale, out=scaled)
+    return picked.reshape(t.shape[0] * t.shape[1], -1, t.shape[-1])
+
+
+def _added(total: Tensor | None, columns: slice, part: Tensor) -> Tensor:
+    """Return the sum over keys (N, T, D), in float32 at least; the first part is of all keys."""
+    part = part.to(_exact(part.dtype))
+    if total is None:
+        return part
+    total[:, columns] += part
+    return total
 
 
 def _probabilities(
@@ -135,7 +164,7 @@ def _probabilities(
     exact = _exact(q.dtype)
     s = (q.to(exact) @ k.to(exact).mT).view(B, -1, n, T)
     if mask is not None:
-        s = s + (mask if mask.shape[2] == 1 else mask[:, :, rows])
+        s += mask if mask.shape[2] == 1 else mask[:, :, rows]
     if causal:
         later = torch.ones(n, n, dtype=torch.bool, device=s.device).triu_(1)
         s[..., rows].masked_fill_(later, torch.finfo(s.dtype).min)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from reftune.data import Collator
-from reftune.speed import attention, compiled, dropout
+from reftune.speed import attention, compiled, dropout, norms
 from reftune.speed.batches import CausalBatches, SequenceBatches
 from reftune.speed.frozen import Frozen, edited_alike, first_edited
 from reftune.speed.loss import cross_entropy, linear_cross_entropy
@@ -145,6 +145,7 @@ def taking(model: Model | None, shortcuts: Shortcuts, collator: Any) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(attention.in_training(model.whole))
         stack.enter_context(dropout.faster(model.whole))
+        stack.enter_context(norms.faster(model.whole))
         if shortcuts.offload is not None:
             stack.enter_context(offloading(model.layers, shortcuts.offload))
         if shortcuts.compile:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reftune.speed.patch import forward_replaced
@@ -38,6 +39,26 @@ class Rows:
     def __init__(self) -> None:
         self.index: Tensor | None = None
         self.place: Tensor | None = None
+        self._given: tuple[Tensor, int, bool] | None = None
+        self._picked: Tensor | None = None
+
+    def set(self, index: Tensor | None, place: Tensor | None) -> None:
+        """Compute these rows from now on."""
+        self.index, self.place = index, place
+        self._given = self._picked = None
+
+    def pick(self, x: Tensor) -> Tensor:
+        """Return the rows (1, N, d) of x (B, S, d); for query, key and value the same tensor.
+
+        Their gradients are then added up where the rows are few and close, and put back once.
+        """
+        assert self.index is not None
+        given = (x, x._version, torch.is_grad_enabled())
+        last = self._given
+        if last is None or self._picked is None or last[0] is not x or last[1:] != given[1:]:
+            self._given = given
+            self._picked = x.reshape(1, -1, x.shape[-1]).index_select(1, self.index)
+        return self._picked
 
 
 class Computed:
@@ -54,12 +75,13 @@ class Computed:
 
         `place` (B*S,) tells which of the real ones the others are copies of.
         """
-        self.real.index, self.real.place = real, place
-        self.read.index, self.read.place = (real, place) if read is None else (read, None)
+        self.real.set(real, place)
+        self.read.set(*((real, place) if read is None else (read, None)))
         try:
             yield
         finally:
-            self.real.index = self.real.place = self.read.index = self.read.place = None
+            self.real.set(None, None)
+            self.read.set(None, None)
 
 
 @contextmanager
@@ -101,13 +123,13 @@ def _on_rows(forward: Callable[..., Any], rows: Rows) -> Callable[..., Any]:
         index = rows.index
         if index is None:
             return forward(x)
-        B, S, d = x.shape
-        out = forward(x.reshape(1, B * S, d).index_select(1, index))
+        B, S, _ = x.shape
+        out = forward(rows.pick(x))
         if not isinstance(out, Tensor):
             raise TypeError(f"a module that acts per token returned {type(out).__name__}")
         if rows.place is not None:
             return out.index_select(1, rows.place).view(B, S, -1)
         full = out.new_zeros(B * S, out.shape[-1])
-        return full.index_copy(0, index, out.squeeze(0)).view(B, S, -1)
+        return full.index_copy_(0, index, out.squeeze(0)).view(B, S, -1)
 
     return run
