@@ -1,4 +1,4 @@
-"""The five workloads as jobs: model, examples as tokens, setting. Uses reftune to tokenise.
+"""The workloads as jobs: model, examples as tokens, setting. Uses reftune to tokenise.
 
     A  SmolLM2-135M, fp32     commonsense rows, batch 16   all layers, r 8, f7+l7 tied
     B  SmolLM2-135M, fp32     UltraFeedback, batch 4       layers 3;9;18;24, r 4, f5+l5 untied
@@ -6,6 +6,7 @@
     Q10  SmolLM2-135M         short rows after a system message as long as that of pyreft's
                               quickstart (140 tokens), short answers; as C
     D  Qwen2.5-Coder-0.5B, bf16                            as A
+    D32  D in fp32, for CPUs that have no fast bfloat16
     E  MiniLM, fp32           MRPC pairs, batch 32         all layers, r 1, f3, trained head
 
 A, B, D and E are one pass over as many examples as the steps take; reftune's own sampler groups
@@ -95,6 +96,7 @@ WORKLOADS = {
     "D": Workload(
         "qwen", "commonsense", Setting(_all(24), 8, 7, 7, tied=True), 16, 25, dtype="bfloat16"
     ),
+    "D32": Workload("qwen", "commonsense", Setting(_all(24), 8, 7, 7, tied=True), 16, 25),
     "E": Workload(
         "minilm", "mrpc", Setting(_all(6), 1, 3, 0, tied=True), 32, 60,
         learning_rate=(3e-4, 3e-4), warmup_ratio=0.0, task="classification",
