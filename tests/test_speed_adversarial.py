@@ -235,7 +235,8 @@ def of_both(ours: Any, theirs: Any, *tensors: torch.Tensor) -> None:
         leaves = [t.clone().requires_grad_() for t in tensors]
         out = run(*leaves)
         torch.manual_seed(3)
-        found.append([out, *torch.autograd.grad((out * torch.randn_like(out)).sum(), leaves)])
+        weights = torch.randn(out.shape, dtype=out.dtype)  # whatever the layout of out in memory
+        found.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
     for got, wanted in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
