@@ -1,5 +1,8 @@
 """RMS norms in closed form: values and gradients as transformers' own, and whose they are."""
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +69,96 @@ def test_rows_of_zeros_have_finite_gradients() -> None:
         value, grad = value_and_gradient(norm, x)
     assert torch.equal(value, x)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_along_the_normed_row_lose_no_digits_in_bfloat16(kind: type[nn.Module]) -> None:
+    """What of g is along n cancels, and n must not have been rounded."""
+    norm = frozen(kind, torch.bfloat16)
+    x = torch.randn(4, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
+    g = (30 * norm(x).float() / norm.weight.float().square().clamp(min=0.1)).bfloat16()
+    grads = []
+    exact = kind(48, eps=1e-3).double().requires_grad_(False)
+    exact.load_state_dict({"weight": norm.weight.double()})
+    for module, given in ((exact, x.double()), (norm, x), (norm, x)):
+        leaf = given.clone().requires_grad_()
+        with norms.faster(module) if len(grads) == 2 else nullcontext():
+            (grad,) = torch.autograd.grad(module(leaf), leaf, g.to(leaf.dtype))
+        grads.append(grad.double())
+    theirs, ours = ((grad - grads[0]).norm() for grad in grads[1:])
+    assert ours < 1.5 * theirs
+
+
+class Renamed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.tiny = nn.Parameter(torch.ones(48)), 1e-6
+
+
+class RenamedRMSNorm(Renamed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (48,), self.weight, self.tiny)
+
+
+class TwoArgumentsRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * gate
+
+
+class CentredRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+class GroupedRMSNorm(LlamaRMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * torch.nn.functional.rms_norm(x.view(*x.shape[:-1], 2, 24), (24,)).view(
+            x.shape
+        )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RenamedRMSNorm(),
+        lambda: nn.RMSNorm(48),
+        lambda: TwoArgumentsRMSNorm(48),
+        lambda: CentredRMSNorm(48),
+        lambda: GroupedRMSNorm(48),
+        lambda: LlamaRMSNorm(48).double(),
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_no_such_norm_is_left_alone(make: Any, dtype: torch.dtype | None) -> None:
+    norm = make().requires_grad_(False)
+    if dtype is not None and norm.weight.dtype is torch.float32:
+        norm = norm.to(dtype)
+    with norms.faster(norm):
+        assert "forward" not in vars(norm)
+
+
+def test_trying_a_norm_calls_no_hooks() -> None:
+    norm = frozen(LlamaRMSNorm)
+    seen: list[torch.Size] = []
+    norm.register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    with norms.faster(norm):
+        assert seen == []
+        norm(torch.ones(1, 2, 48))
+    assert seen == [(1, 2, 48)]
+
+
+def test_inputs_and_weights_that_were_not_tried_take_the_forward_of_the_norm() -> None:
+    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(1))
+    norm = frozen(LlamaRMSNorm)
+    with norms.faster(norm):
+        assert norm(x.bfloat16()).dtype is torch.float32  # as transformers' does
+        assert torch.equal(norm(hidden_states=x), LlamaRMSNorm.forward(norm, x))
+        with torch.no_grad():
+            norm.weight.mul_(2)
+        assert torch.equal(norm(x), LlamaRMSNorm.forward(norm, x))
+        norm.requires_grad_(True)
+        norm(x).sum().backward()
+        assert norm.weight.grad is not None
 
 
 def test_norms_that_are_trained_or_compute_something_else_stay() -> None:

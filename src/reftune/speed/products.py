@@ -46,7 +46,7 @@ def attention(
     elif mask is not None:
         mask = mask.clamp(min=torch.finfo(mask.dtype).min)
     out: Tensor = _Attention.apply(query, key, value, mask, causal, scale, dropout)  # type: ignore[no-untyped-call]
-    return out
+    return out.transpose(1, 2)
 
 
 _LOWEST = torch.finfo(torch.float32).min  # not -inf: a row may have nothing to attend to
@@ -64,14 +64,14 @@ class _Attention(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> Tensor:
-        B, _, S, D = query.shape
+        B, H, S, D = query.shape
         k, v = (t.reshape(-1, t.shape[2], D) for t in (key, value))
         if k.dtype.itemsize < 4:
             # The softmax is the same of keys less any vector. What they have in common, a bias of
             # Qwen2's, adds up to nothing in the gradient, but for its rounding.
             k = (k - k.mean(1, keepdim=True, dtype=torch.float32)).to(k.dtype)
-        q, out, saved = _by_key_head(query, key), _as_projected(query), []
-        out_q = _by_key_head(out, key)
+        out = query.new_empty(B, S, H, D)
+        q, out_q, saved = _by_key_head(query, key), _by_key_head(out.transpose(1, 2), key), []
         for rows, columns in _blocks(S, k.shape[1], causal):
             q_i = _folded(q, rows, scale)
             p = _probabilities(q_i, k[:, columns], mask, rows, causal, B)
@@ -82,15 +82,16 @@ class _Attention(torch.autograd.Function):
             saved += [q_i, p if keep else None, dropped]
         ctx.save_for_backward(k, v, mask, *saved)
         ctx.shape, ctx.causal, ctx.scale = key.shape, causal, scale
-        return out
+        return out  # not a view of it, which could not be changed in place
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         k, v, mask, *saved = ctx.saved_tensors
-        B, _, S, _ = grads[0].shape
-        dq, dk, dv = _as_projected(grads[0]), None, None
-        g, dq_q = (_by_key_head(t, k.view(ctx.shape)) for t in (grads[0], dq))
+        grad = grads[0].transpose(1, 2)
+        B, _, S, _ = grad.shape
+        dq, dk, dv = _as_projected(grad), None, None
+        g, dq_q = (_by_key_head(t, k.view(ctx.shape)) for t in (grad, dq))
         blocks = _blocks(S, k.shape[1], ctx.causal)
         # Backwards, as the last queries attend to all keys.
         for at in reversed(range(len(blocks))):

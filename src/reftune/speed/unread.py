@@ -39,13 +39,11 @@ class Rows:
     def __init__(self) -> None:
         self.index: Tensor | None = None
         self.place: Tensor | None = None
-        self._given: tuple[Tensor, int, bool] | None = None
-        self._picked: Tensor | None = None
+        self._last: tuple[Tensor, tuple[Any, ...], Tensor, int] | None = None
 
     def set(self, index: Tensor | None, place: Tensor | None) -> None:
         """Compute these rows from now on."""
-        self.index, self.place = index, place
-        self._given = self._picked = None
+        self.index, self.place, self._last = index, place, None
 
     def pick(self, x: Tensor) -> Tensor:
         """Return the rows (1, N, d) of x (B, S, d); for query, key and value the same tensor.
@@ -53,12 +51,16 @@ class Rows:
         Their gradients are then added up where the rows are few and close, and put back once.
         """
         assert self.index is not None
-        given = (x, x._version, torch.is_grad_enabled())
-        last = self._given
-        if last is None or self._picked is None or last[0] is not x or last[1:] != given[1:]:
-            self._given = given
-            self._picked = x.reshape(1, -1, x.shape[-1]).index_select(1, self.index)
-        return self._picked
+        if x.is_inference():  # has no version
+            return x.reshape(1, -1, x.shape[-1]).index_select(1, self.index)
+        state = (x._version, x.requires_grad, torch.is_grad_enabled())
+        if self._last is not None:
+            given, before, picked, version = self._last
+            if given is x and before == state and picked._version == version:
+                return picked
+        picked = x.reshape(1, -1, x.shape[-1]).index_select(1, self.index)
+        self._last = (x, state, picked, picked._version)
+        return picked
 
 
 class Computed:
