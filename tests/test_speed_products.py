@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from reftune.speed import attention, products, unread
+from reftune.speed import attention, products
 
 SHAPES = [  # B, H, K, S, T, D
     (2, 6, 2, 70, 70, 8),
@@ -134,22 +134,3 @@ def test_the_output_may_be_changed_in_place() -> None:
     (grad,) = torch.autograd.grad(out.sum(), q)
     (half,) = torch.autograd.grad(products.attention(q, k, v, None, True, 0.5).sum(), q)
     torch.testing.assert_close(grad, 2 * half)
-
-
-def test_rows_are_picked_anew_where_the_tensor_or_what_is_asked_of_it_changed() -> None:
-    rows = unread.Rows()
-    rows.set(torch.tensor([0, 2]), None)
-    x = torch.arange(6.0).view(1, 3, 2)
-    first = rows.pick(x)
-    assert rows.pick(x) is first
-    x.requires_grad_()
-    assert rows.pick(x).requires_grad
-    with torch.no_grad():
-        assert not rows.pick(x).requires_grad
-    x.detach().mul_(2)
-    assert rows.pick(x)[0, 1, 1].item() == 10
-    with torch.no_grad():
-        rows.pick(x).zero_()  # a module that changes its input in place
-        assert rows.pick(x)[0, 1, 1].item() == 10
-    with torch.inference_mode():
-        assert rows.pick(torch.ones(1, 3, 2)).shape == (1, 2, 2)

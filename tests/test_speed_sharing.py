@@ -1,4 +1,4 @@
-"""Beginnings that examples of a batch share are computed once, and what is learned is the same."""
+"""Beginnings that a batch shares, and rows that modules share, are computed once: same learning."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from reftune.speed.batches import first_alike, real_rows
 from reftune.speed.frozen import edited_alike
 from reftune.speed.plan import Shortcuts, choose
 from reftune.speed.training import difference, taking
+from reftune.speed.unread import Rows
 from reftune.tokens import TokenRow
 from reftune.train import TrainSettings
 from speed_tiny import COLLATOR, described
@@ -110,3 +111,22 @@ def test_edits_that_are_random_or_pool_are_not_shared(changes, shares, tmp_path)
         folder=tmp_path,
     )
     assert chosen.sharing is shares
+
+
+def test_rows_are_picked_anew_where_the_tensor_or_what_is_asked_of_it_changed() -> None:
+    rows = Rows()
+    rows.set(torch.tensor([0, 2]), None)
+    x = torch.arange(6.0).view(1, 3, 2)
+    first = rows.pick(x)
+    assert rows.pick(x) is first
+    x.requires_grad_()
+    assert rows.pick(x).requires_grad
+    with torch.no_grad():
+        assert not rows.pick(x).requires_grad
+    x.detach().mul_(2)
+    assert rows.pick(x)[0, 1, 1].item() == 10
+    with torch.no_grad():
+        rows.pick(x).zero_()  # a module that changes its input in place
+        assert rows.pick(x)[0, 1, 1].item() == 10
+    with torch.inference_mode():
+        assert rows.pick(torch.ones(1, 3, 2)).shape == (1, 2, 2)

@@ -25,8 +25,8 @@ _EPSILON = ("variance_epsilon", "eps")
 
 def faster(model: nn.Module) -> AbstractContextManager[None]:
     """Let the RMS norms of a model on a CPU be computed so, in a block."""
-    found = {m: w for m in model.modules() if (w := _scale(m)) is not None}
-    return forward_replaced(list(found), lambda module: _forward(module, found[module]))
+    found = {m: tried for m in model.modules() if (tried := _tried(m)) is not None}
+    return forward_replaced(list(found), lambda module: _forward(module, *found[module]))
 
 
 def rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
@@ -55,20 +55,17 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), None, None
 
 
-def _forward(module: nn.Module, scale: Tensor) -> Callable[..., Tensor]:
-    plain, epsilon = module.forward, _epsilon(module)
-    weight = module._parameters["weight"]
-    assert epsilon is not None
-    assert weight is not None
-    version = weight._version
+def _forward(
+    module: nn.Module, weight: Tensor, scale: Tensor, epsilon: float
+) -> Callable[..., Tensor]:
+    plain, version = module.forward, weight._version
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        now = module._parameters["weight"]
         x = args[0] if len(args) == 1 and not kwargs else None
         as_tried = (
             isinstance(x, Tensor)
             and x.device.type == "cpu"
-            and now is weight
+            and module._parameters["weight"] is weight
             and weight._version == version
             and not weight.requires_grad
             and x.dtype is weight.dtype
@@ -82,13 +79,15 @@ def _forward(module: nn.Module, scale: Tensor) -> Callable[..., Tensor]:
     return run
 
 
-def _scale(module: nn.Module) -> Tensor | None:
-    """Return what a module multiplies n with, in float32, if it is an RMS norm; else None.
+def _tried(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """Return an RMS norm's weight, what it multiplies n with in float32, and epsilon, or None.
 
     Gemma's multiply with 1 + weight. What a module computes is tried on a copy in float32, on rows
     with a mean, with halves of different size, and as small as epsilon.
     """
-    weight, epsilon = module._parameters.get("weight"), _epsilon(module)
+    weight = module._parameters.get("weight")
+    given = [getattr(module, name, None) for name in _EPSILON]
+    epsilon = next((value for value in given if isinstance(value, float)), None)
     plain = (
         type(module).__name__.endswith("RMSNorm")
         and len(list(module.parameters())) == 1
@@ -115,10 +114,5 @@ def _scale(module: nn.Module) -> Tensor | None:
     for scale in (exact, 1 + exact):
         found = rms_norm(x, scale, epsilon)
         if expected.shape == x.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6):
-            return scale
+            return weight, scale, epsilon
     return None
-
-
-def _epsilon(module: nn.Module) -> float | None:
-    given = [getattr(module, name, None) for name in _EPSILON]
-    return next((value for value in given if isinstance(value, float)), None)

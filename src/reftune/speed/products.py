@@ -71,7 +71,8 @@ class _Attention(torch.autograd.Function):
             # Qwen2's, adds up to nothing in the gradient, but for its rounding.
             k = (k - k.mean(1, keepdim=True, dtype=torch.float32)).to(k.dtype)
         out = query.new_empty(B, S, H, D)
-        q, out_q, saved = _by_key_head(query, key), _by_key_head(out.transpose(1, 2), key), []
+        heads = key.shape[1]
+        q, out_q, saved = _by_key_head(query, heads), _by_key_head(out.transpose(1, 2), heads), []
         for rows, columns in _blocks(S, k.shape[1], causal):
             q_i = _folded(q, rows, scale)
             p = _probabilities(q_i, k[:, columns], mask, rows, causal, B)
@@ -88,10 +89,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         k, v, mask, *saved = ctx.saved_tensors
-        grad = grads[0].transpose(1, 2)
-        B, _, S, _ = grad.shape
-        dq, dk, dv = _as_projected(grad), None, None
-        g, dq_q = (_by_key_head(t, k.view(ctx.shape)) for t in (grad, dq))
+        B, S, H, D = grads[0].shape
+        dq, dk, dv = grads[0].new_empty(B, S, H, D).transpose(1, 2), None, None
+        g, dq_q = (_by_key_head(t, ctx.shape[1]) for t in (grads[0].transpose(1, 2), dq))
         blocks = _blocks(S, k.shape[1], ctx.causal)
         # Backwards, as the last queries attend to all keys.
         for at in reversed(range(len(blocks))):
@@ -126,17 +126,10 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _as_projected(t: Tensor) -> Tensor:
-    """Return an empty (B, H, S, D) that is (B, S, H, D) in memory, as projections give and take."""
+def _by_key_head(t: Tensor, heads: int) -> Tensor:
+    """Return a view (B, K, G, S, D) of t (B, H, S, D), with K key heads."""
     B, H, S, D = t.shape
-    return t.new_empty(B, S, H, D).transpose(1, 2)
-
-
-def _by_key_head(t: Tensor, key: Tensor) -> Tensor:
-    """Return a view (B, K, G, S, D) of t (B, H, S, D)."""
-    B, H, S, D = t.shape
-    K = key.shape[1]
-    return t.view(B, K, H // K, S, D)
+    return t.view(B, heads, H // heads, S, D)
 
 
 def _folded(t: Tensor, rows: slice, scale: float = 1.0) -> Tensor:
