@@ -145,18 +145,35 @@ def test_trying_a_norm_calls_no_hooks() -> None:
     assert seen == [(1, 2, 48)]
 
 
-def test_inputs_and_weights_that_were_not_tried_take_the_forward_of_the_norm() -> None:
+def test_inputs_that_were_not_tried_and_trained_weights_take_the_forward_of_the_norm() -> None:
     x = torch.randn(2, 48, generator=torch.Generator().manual_seed(1))
     norm = frozen(LlamaRMSNorm)
     with norms.faster(norm):
         assert norm(x.bfloat16()).dtype is torch.float32  # as transformers' does
         assert torch.equal(norm(hidden_states=x), LlamaRMSNorm.forward(norm, x))
-        with torch.no_grad():
-            norm.weight.mul_(2)
-        assert torch.equal(norm(x), LlamaRMSNorm.forward(norm, x))
         norm.requires_grad_(True)
         norm(x).sum().backward()
         assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_loaded_into_a_norm_count_and_the_same_ones_change_no_bit(
+    kind: type[nn.Module], dtype: torch.dtype
+) -> None:
+    """A run resumed from a checkpoint of the whole model goes on as one never interrupted."""
+    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    norm = frozen(kind, dtype)
+    weights = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    with norms.faster(norm):
+        before = norm(x)
+        norm.load_state_dict({"weight": weights["weight"] * 2})
+        changed = norm(x)
+        assert torch.allclose(changed.float(), kind.forward(norm, x).float(), rtol=1e-2, atol=1e-6)
+        assert not torch.allclose(changed, before, rtol=0.1)
+        norm.load_state_dict(weights)
+        assert torch.equal(norm(x), before)
+        assert "_RMSNorm" in norm(x.requires_grad_()).grad_fn.name()
 
 
 def test_norms_that_are_trained_or_compute_something_else_stay() -> None:

@@ -56,17 +56,17 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _forward(
-    module: nn.Module, weight: Tensor, scale: Tensor, epsilon: float
+    module: nn.Module, weight: Tensor, offset: int, epsilon: float
 ) -> Callable[..., Tensor]:
-    plain, version = module.forward, weight._version
+    plain, version, scale = module.forward, weight._version, _scale(weight, offset)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal version, scale
         x = args[0] if len(args) == 1 and not kwargs else None
         as_tried = (
             isinstance(x, Tensor)
             and x.device.type == "cpu"
             and module._parameters["weight"] is weight
-            and weight._version == version
             and not weight.requires_grad
             and x.dtype is weight.dtype
             and not torch.compiler.is_compiling()
@@ -74,15 +74,23 @@ def _forward(
         )
         if not as_tried or x is None:
             return plain(*args, **kwargs)  # type: ignore[no-any-return]
+        if weight._version != version:  # as when a checkpoint is loaded into the model
+            version, scale = weight._version, _scale(weight, offset)
         return rms_norm(x, scale, epsilon)
 
     return run
 
 
-def _tried(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """Return an RMS norm's weight, what it multiplies n with in float32, and epsilon, or None.
+def _scale(weight: Tensor, offset: int) -> Tensor:
+    """Return what n is multiplied with, float32: offset + weight, and Gemma's offset is 1."""
+    exact = weight.detach().float()
+    return exact + offset if offset else exact
 
-    Gemma's multiply with 1 + weight. What a module computes is tried on a copy in float32, on rows
+
+def _tried(module: nn.Module) -> tuple[Tensor, int, float] | None:
+    """Return an RMS norm's weight, its offset and its epsilon, or None.
+
+    What a module computes is tried on a copy in float32, on rows
     with a mean, with halves of different size, and as small as epsilon.
     """
     weight = module._parameters.get("weight")
@@ -110,9 +118,8 @@ def _tried(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
             expected = copy.deepcopy(module).float().forward(x)
     except Exception:  # whatever it is that a module of this name cannot
         return None
-    exact = weight.detach().float()
-    for scale in (exact, 1 + exact):
-        found = rms_norm(x, scale, epsilon)
+    for offset in (0, 1):
+        found = rms_norm(x, _scale(weight, offset), epsilon)
         if expected.shape == x.shape and torch.allclose(found, expected, rtol=1e-4, atol=1e-6):
-            return weight, scale, epsilon
+            return weight, offset, epsilon
     return None
