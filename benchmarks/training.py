@@ -9,7 +9,9 @@ All get the same examples as tokens, made once, in the same dtype with the same 
 timed from the end of one to the end of the next: data loading and weight updates are in it. A peer
 whose environment is not given is left out, and so is a workload whose model is not given.
 
-arms  reftune         `fit` as it is; `reftune:train.KEY=VALUE,adapter.KEY=VALUE` changes settings
+arms  reftune         `fit` as it is; `reftune:train.KEY=VALUE,adapter.KEY=VALUE` changes settings;
+                      `reftune:without.PART=true` leaves out a shortcut that has no setting
+                      (PART: labels, norms, attention, products, dropout)
       pyreft          random order, as it ships; `pyreft-grouped`: the length-grouped batches
       lora            PEFT LoRA, rank 32 on q, k, v, up, down; length-grouped batches
       adapters        LoReFT; length-grouped batches

@@ -298,6 +298,41 @@ def test_reftune_says_what_each_step_held(tiny_model: Path) -> None:
     assert 4 < result["heldout_loss"] < 40
 
 
+@PEFT_ASKS
+@pytest.mark.parametrize("part", ["labels", "norms", "attention", "products", "dropout"])
+def test_a_shortcut_left_out_costs_time_alone(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Losses are the same to rounding, and what it would have called is called no more."""
+    import reftune_worker
+    from common import measure
+
+    from reftune.speed import attention, dropout, norms, products
+    from reftune.speed.training import LabelledLoss
+
+    calls: list[str] = []
+
+    def counted(name: str, owner: Any, function: str) -> None:
+        real = getattr(owner, function)
+        monkeypatch.setattr(owner, function, lambda *a, **k: calls.append(name) or real(*a, **k))
+
+    counted("labels", LabelledLoss, "_loss")
+    counted("norms", norms, "faster")
+    counted("attention", attention, "in_training")
+    counted("products", products, "attention")
+    counted("dropout", dropout, "faster")
+    asked = job(model=str(tiny_model))
+    whole = measure(reftune_worker.Reftune(asked))
+    assert set(calls) == {"labels", "norms", "attention", "products", "dropout"}
+    calls.clear()
+    left = dataclasses.replace(asked, overrides={f"without.{part}": True})
+    found = measure(reftune_worker.Reftune(left))
+    assert part not in calls
+    assert {"labels", "norms"} - {part} <= set(calls)
+    for loss in ("first_loss", "last_loss", "heldout_loss"):
+        assert found[loss] == pytest.approx(whole[loss], rel=1e-4)
+
+
 def test_heldout_loss_is_the_mean_over_tokens(tiny_model: Path) -> None:
     """Padding and batches do not matter: the oracle takes the rows one by one."""
     from common import heldout_loss

@@ -1,7 +1,8 @@
 """reftune as its users have it: `fit` with `TrainSettings`, its own batches and data loading.
 
 `overrides` of a job are keys of a run's config, "train.KEY" or "adapter.KEY", so that each
-optimisation can be measured alone.
+optimisation can be measured alone; and "without.PART" for those that have no setting, of which
+PART says one: what transformers does is done in its place.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch.nn.functional as F
 from common import LOGGING_STEPS, Arm, Clock, collate, main
 from job import Job, Row
 from peft import get_peft_model
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import set_seed
 
@@ -24,9 +28,37 @@ from reftune.callbacks import Progress
 from reftune.data import Collator, TokenDataset
 from reftune.models import load_model
 from reftune.prompts import Encoded
+from reftune.speed import attention, dropout, norms, products
+from reftune.speed.training import LabelledLoss
 from reftune.train import LOG, EpochSampler, TrainSettings, fit
 
 NEVER = 10**9
+
+
+def _logits_everywhere(
+    self: LabelledLoss, args: Any, kwargs: Any, reads: Tensor, targets: Tensor, count: Any
+) -> Tensor:
+    """Return the loss from logits of all rows, with their gradient, as models compute it."""
+    assert self.model.head is not None
+    logits = self.model.head(self.model.decoder(*args, **kwargs).last_hidden_state).float()
+    labels = targets.new_full((logits[..., 0].numel(),), -100).index_copy(0, reads, targets)
+    loss = F.cross_entropy(logits.flatten(0, -2), labels, reduction="sum")
+    return loss / (len(targets) if count is None else count)
+
+
+def _nothing(model: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+WITHOUT = {
+    "norms": lambda: patch.object(norms, "faster", _nothing),
+    "dropout": lambda: patch.object(dropout, "faster", _nothing),
+    "attention": lambda: patch.object(attention, "in_training", _nothing),
+    "products": lambda: patch.object(products, "LONGEST", 0),
+    "labels": lambda: patch.object(LabelledLoss, "_loss", _logits_everywhere),
+}
+"""Norms in closed form, cheap dropout, attention of ours, its plain products on CPUs, and logits
+for labels alone."""
 
 
 @contextmanager
@@ -93,7 +125,11 @@ class Reftune(Arm):
                 clock.tick()
 
         directory.mkdir()
-        with drawn() as self.indices:
+        with ExitStack() as stack:
+            for part, left_out in self._overrides("without").items():
+                if left_out:
+                    stack.enter_context(WITHOUT[part]())
+            self.indices = stack.enter_context(drawn())
             fit(
                 model,
                 self._data(),
