@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch.nn.functional as F
 from common import LOGGING_STEPS, Arm, Clock, collate, main
 from job import Job, Row
 from peft import get_peft_model
@@ -29,6 +28,7 @@ from reftune.data import Collator, TokenDataset
 from reftune.models import load_model
 from reftune.prompts import Encoded
 from reftune.speed import attention, dropout, norms, products
+from reftune.speed.loss import cross_entropy
 from reftune.speed.training import LabelledLoss
 from reftune.train import LOG, EpochSampler, TrainSettings, fit
 
@@ -40,10 +40,9 @@ def _logits_everywhere(
 ) -> Tensor:
     """Return the loss from logits of all rows, with their gradient, as models compute it."""
     assert self.model.head is not None
-    logits = self.model.head(self.model.decoder(*args, **kwargs).last_hidden_state).float()
+    logits = self.model.head(self.model.decoder(*args, **kwargs).last_hidden_state)
     labels = targets.new_full((logits[..., 0].numel(),), -100).index_copy(0, reads, targets)
-    loss = F.cross_entropy(logits.flatten(0, -2), labels, reduction="sum")
-    return loss / (len(targets) if count is None else count)
+    return cross_entropy(logits.flatten(0, -2), labels, len(targets) if count is None else count)
 
 
 def _nothing(model: Any) -> AbstractContextManager[None]:

@@ -90,8 +90,8 @@ def _scale(weight: Tensor, offset: int) -> Tensor:
 def _tried(module: nn.Module) -> tuple[Tensor, int, float] | None:
     """Return an RMS norm's weight, its offset and its epsilon, or None.
 
-    What a module computes is tried on a copy in float32, on rows
-    with a mean, with halves of different size, and as small as epsilon.
+    What a module computes is tried on a copy in float32, on rows with a mean, with halves of
+    different size, and as small as epsilon.
     """
     weight = module._parameters.get("weight")
     given = [getattr(module, name, None) for name in _EPSILON]
