@@ -149,9 +149,12 @@ def test_a_cell_is_an_ordinary_run_and_a_finished_one_is_not_run_again(tmp_path:
     assert again["train"]["loss"] == results["train"]["loss"]
     assert not (cell.directory / "checkpoints").exists()
     before = {p: p.stat().st_mtime_ns for p in experiment.directory.rglob("results.json")}
+    first = read_cells(experiment)
     assert set(statuses(run_cells(experiment)).values()) == {"done"}
     assert {p: p.stat().st_mtime_ns for p in before} == before
     rows = read_cells(experiment)
+    assert rows == first
+    assert all(row["seconds"] > 0 for row in rows)
     assert [row["cell"] for row in rows] == names(experiment)
     assert all(row["status"] == "done" and row["parameters"] > 0 for row in rows)
 

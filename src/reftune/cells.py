@@ -74,7 +74,11 @@ def run_cells(
         RunInterrupted: Ctrl-C; what runs has been saved, and the same command goes on.
     """
     reporter = reporter or Silent()
-    outcomes = {cell.name: status_of(cell) for cell in experiment.cells}
+    earlier = seconds_of(experiment)
+    outcomes = {
+        cell.name: replace(status_of(cell), seconds=earlier.get(cell.name, 0.0))
+        for cell in experiment.cells
+    }
     write_cells(experiment, outcomes.values())
     todo = [cell for cell in experiment.cells if outcomes[cell.name].status != "done"]
     for cell in experiment.cells:
@@ -120,6 +124,13 @@ def changed_keys(config: RunConfig) -> list[str]:
     now = dict(_flat(config.model_dump(mode="json")))
     ignored = _ANY | {f"{section}.{key}" for section, keys in MAY_DIFFER.items() for key in keys}
     return sorted(k for k in now if k not in ignored and before.get(k, now[k]) != now[k])
+
+
+def seconds_of(experiment: Experiment) -> dict[str, float]:
+    """Return the seconds that cells took, trained and evaluated, as they were last written."""
+    path = experiment.directory / CELLS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {row["cell"]: row["seconds"] for row in map(json.loads, lines)}
 
 
 def write_cells(experiment: Experiment, outcomes: Any) -> None:
