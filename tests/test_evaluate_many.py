@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
 
+import reftune
 from adapted_tiny import config, strong
-from reftune.decoding import fingerprint_of
+from reftune.decoding import fingerprint, fingerprint_of
 from reftune.errors import ReftConfigError, RunError
 from reftune.evaluate import (
     Decides,
@@ -163,6 +164,35 @@ def test_the_identity_of_an_adapter_is_that_of_its_weights_and_its_base():
     lora = get_peft_model(tiny_llama(), LoraConfig(r=2, init_lora_weights=False), "one")
     assert fingerprint_of(lora, None) != fingerprint_of(lora, "one")
     assert fingerprint_of(lora, None).startswith(base.split(" ")[0])
+
+
+def test_strength_and_order_are_of_an_adapters_identity(tmp_path, task):
+    model = adapted("one", "two")
+    plain = fingerprint(model), fingerprint_of(model, "one"), fingerprint_of(model, "two")
+    reftune.set_strength(model, 0.5, "one")
+    assert fingerprint(model) != plain[0]
+    assert fingerprint_of(model, "one") == f"{plain[1]} strength=0.5"
+    assert fingerprint_of(model, "two") == plain[2]
+    reftune.set_strength(model, 1.0)
+    with reftune.options(strength=-1):
+        assert fingerprint_of(model, "two") == f"{plain[2]} strength=-1"
+    model.base_model.set_adapter(["one", "two"])
+    in_order = fingerprint(model)
+    reftune.set_composition(model, "sum")
+    assert "composition=sum" in fingerprint(model)
+    reftune.set_composition(model, "in_order")
+    assert fingerprint(model) == in_order
+    engine, path = HFEngine(model, TOKENIZER, 4), tmp_path / "samples.jsonl"
+    run(task, engine, samples_path=path)
+    reftune.set_strength(model, 0.5)
+    with pytest.raises(RunError, match="belongs to another evaluation"):
+        run(task, engine, samples_path=path)
+
+
+def test_the_time_of_a_pass_is_shared_equally(task):
+    found = run_adapters(task, HFEngine(adapted("one", "two"), TOKENIZER, 4), WHOS)
+    assert len({result.seconds for result in found.values()}) == 1
+    assert found["one"].seconds > 0
 
 
 def test_an_adapter_that_is_not_there_is_named(task):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,52 @@ def test_cells_in_processes_give_what_one_after_another_gives(tmp_path: Path) ->
     for a, b in zip(one.cells, two.cells, strict=True):
         x, y = (json.loads((c.config.directory / "results.json").read_text()) for c in (a, b))
         assert x["train"]["loss"] == pytest.approx(y["train"]["loss"], rel=1e-4)
+
+
+def test_cells_of_other_seeds_stay_listed(tmp_path: Path) -> None:
+    path = write(tmp_path, methods={"loreft": TWO["loreft"]})
+    run_cells(load_experiment(path, seeds=[1]))
+    first = read_cells(load_experiment(path))
+    run_cells(load_experiment(path, seeds=[2]))
+    both = read_cells(load_experiment(path))
+    assert [row["cell"] for row in both] == ["loreft-s2", "loreft-s1"]
+    assert both[1:] == first
+    shutil.rmtree(load_experiment(path, seeds=[1]).cells[0].config.directory)
+    run_cells(load_experiment(path, seeds=[2]))
+    assert [row["cell"] for row in read_cells(load_experiment(path))] == ["loreft-s2"]
+
+
+def test_the_base_models_replies_are_beside_those_of_a_task_with_a_slash(tmp_path: Path) -> None:
+    evaluate = {"tasks": ["format/json"], "limit": 2, "base": True, "show": 0}
+    experiment = load_experiment(write(tmp_path, evaluate=evaluate))
+    run_cells(experiment)
+    kept = experiment.cells[0].config.directory / "samples" / "base" / "format" / "json.jsonl"
+    before = kept.read_text()
+    assert len(before.splitlines()) == 3
+    kept.unlink()  # as runs were left before
+    run_cells(experiment)
+    assert kept.read_text() == before
+
+
+def killed_at_lora(experiment: Experiment, cell: Any, threads: int) -> Outcome:
+    """Be killed, as by the system where memory runs out, in one of the cells."""
+    if cell.variant == "lora":
+        os._exit(9)
+    return RUN_IN_PROCESS(experiment, cell, threads)
+
+
+RUN_IN_PROCESS = cells_module._in_process
+
+
+def test_a_killed_process_is_a_failed_cell_and_does_not_stop_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells_module, "_in_process", killed_at_lora)
+    experiment = load_experiment(write(tmp_path, methods=TWO))
+    outcomes = run_cells(experiment, jobs=2)
+    assert statuses(outcomes) == {"loreft-s42": "done", "lora-s42": "failed"}
+    assert "killed" in str(outcomes[1].error)
+    assert [row["status"] for row in read_cells(experiment)] == ["done", "failed"]
 
 
 def test_the_verb_lists_and_runs_and_names_wrong_seeds(tmp_path: Path) -> None:

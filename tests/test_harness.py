@@ -279,6 +279,9 @@ def test_drawing_takes_its_settings_from_the_task():
     )
     assert until == ["\n", "</s>"]
     assert sampling == Sampling(3, temperature=0.7, top_p=0.9, top_k=50, stop=("\n", "</s>"))
+    drawing = {"do_sample": True, "temperature": 0.7, "max_gen_toks": 3}
+    assert ours()._sampling(drawing | {"top_k": 0})[1].top_k == 0
+    assert ours()._sampling(drawing | {"top_k": 7})[1].top_k == 7
 
 
 def test_what_is_thought_before_an_answer_is_left_out():

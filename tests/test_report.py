@@ -14,7 +14,9 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
+from reftune import figures
 from reftune.errors import RunError
+from reftune.figures import Point
 from reftune.paper import TABLE_17, TABLES
 from reftune.peft_json import method_comparison
 from reftune.records import (
@@ -28,7 +30,7 @@ from reftune.records import (
     standard_error,
 )
 from reftune.report import write_report
-from reftune.samples import FORMAT, Sample
+from reftune.samples import FORMAT, OverSeeds, Sample
 from reftune.settings import parse_config
 from reftune_cli import app
 
@@ -359,6 +361,25 @@ def test_a_run_is_exported_in_the_schema_of_pefts_comparison(experiment: Path) -
     assert last["test accuracy"] == pytest.approx(0.625)
     assert {"train loss", "train samples", "train total tokens"} <= set(last)
     assert entry["run_info"]["peft_config"]["peft_type"] == "REFT"
+
+
+def test_trained_weights_of_the_base_are_counted_once(tmp_path: Path) -> None:
+    make_run(tmp_path / "full", "full", 1, LORA, BASE, 1_000_000)
+    info = method_comparison(read(tmp_path / "full").runs[0])["train_info"]
+    assert (info["num_trainable_params"], info["num_total_params"]) == (1_000_000, 1_000_000)
+
+
+def test_what_costs_nothing_is_in_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: (drawn.append(figure), b"")[1])
+    score = OverSeeds(50.0, None, 1)
+    costs = {"head": 0.0, "loreft": 500.0, "full": 1e7}
+    for names in (costs, ["loreft", "full"]):
+        points = {name: Point(costs[name], score, name) for name in names}
+        figures.against_cost(points, "parameters", None, "score")
+        left, right = drawn[-1].axes[0].get_xlim()
+        assert all(left < costs[name] < right for name in names)
+    assert [figure.axes[0].get_xscale() for figure in drawn] == ["symlog", "log"]
 
 
 def test_the_verb_writes_report_and_export(experiment: Path, tmp_path: Path) -> None:

@@ -156,6 +156,30 @@ def test_an_earlier_run_is_neither_skipped_nor_overwritten_unasked(tmp_path: Pat
     assert any(not torch.equal(t, before[k]) for k, t in adapter_tensors(other).items())
 
 
+@pytest.mark.parametrize(
+    ("data", "evaluate", "named"),
+    [
+        ({"train": ["format/json"]}, {"split": "validation"}, r"evaluate\.split"),
+        ({"leaks": "drop"}, {"tasks": ["demo", "format/json"]}, r"evaluate\.tasks"),
+        ({}, {"tasks": ["demo", "format/json"]}, None),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_rows_left_out_of_training(
+    tmp_path: Path, data: dict[str, Any], evaluate: dict[str, Any], named: str | None
+) -> None:
+    data |= {"template": "none", "limit": 12, "max_length": 512}
+    asked = {"tasks": ["demo"], "limit": 1}
+    config = tiny_run(tmp_path, data=data, evaluate=asked)
+    with pytest.raises(RunError, match="interrupted"):
+        execute(config, reporter=InterruptAt(1))
+    other = tiny_run(tmp_path, data=data, evaluate=asked | evaluate)
+    if named is None:
+        execute(other, resume=True)
+    else:
+        with pytest.raises(RunError, match=named):
+            execute(other, resume=True)
+
+
 def test_a_directory_that_is_no_run_is_never_replaced(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
     config.directory.mkdir(parents=True)

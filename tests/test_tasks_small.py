@@ -138,6 +138,12 @@ def test_splits_share_no_question(name: str) -> None:
     assert {words(fit.example(i).prompt) for i in range(fit.num_examples)} == questions["train"]
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_limit_does_not_ask_for_questions_that_training_has(split: Any) -> None:
+    size = SPLITS[split][0]
+    assert get_task("rg/gcd", split=split, limit=size + 100).num_examples == size
+
+
 def test_why_seeds_are_far_apart() -> None:
     import reasoning_gym
 

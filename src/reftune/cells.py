@@ -18,7 +18,8 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -41,7 +42,7 @@ from reftune.run import (
     write_text,
 )
 from reftune.settings import RunConfig
-from reftune.sources import tasks_of
+from reftune.sources import choosing_data, tasks_of
 
 CELLS = "cells.jsonl"
 BASE = "base"
@@ -74,9 +75,9 @@ def run_cells(
         RunInterrupted: Ctrl-C; what runs has been saved, and the same command goes on.
     """
     reporter = reporter or Silent()
-    earlier = seconds_of(experiment)
+    earlier = rows_of(experiment)
     outcomes = {
-        cell.name: replace(status_of(cell), seconds=earlier.get(cell.name, 0.0))
+        cell.name: replace(status_of(cell), seconds=earlier.get(cell.name, {}).get("seconds", 0.0))
         for cell in experiment.cells
     }
     write_cells(experiment, outcomes.values())
@@ -84,6 +85,7 @@ def run_cells(
     for cell in experiment.cells:
         if cell not in todo:
             reporter.say(f"{cell.name}: is finished")
+            share_base_samples(experiment, cell.config)
     run = _one_after_another if jobs == 1 or len(todo) < 2 else _in_processes
     try:
         for outcome in run(experiment, todo, jobs, reporter):
@@ -126,16 +128,19 @@ def changed_keys(config: RunConfig) -> list[str]:
     return sorted(k for k in now if k not in ignored and before.get(k, now[k]) != now[k])
 
 
-def seconds_of(experiment: Experiment) -> dict[str, float]:
-    """Return the seconds that cells took, trained and evaluated, as they were last written."""
+def rows_of(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Return what was last written of each cell, those of other seeds or grids too: {cell: row}."""
     path = experiment.directory / CELLS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {row["cell"]: row["seconds"] for row in map(json.loads, lines)}
+    return {row["cell"]: row for row in map(json.loads, lines)}
 
 
-def write_cells(experiment: Experiment, outcomes: Any) -> None:
-    """Write the status of each cell, and the scores of what is finished."""
-    lines = []
+def write_cells(experiment: Experiment, outcomes: Iterable[Outcome]) -> None:
+    """Write the status of each cell, and the scores of what is finished.
+
+    Finished cells of the same directory that the experiment does not ask for now stay listed.
+    """
+    rows = {}
     for outcome in outcomes:
         row = dataclasses.asdict(outcome)
         path = experiment.directory / outcome.cell / RESULTS
@@ -145,7 +150,11 @@ def write_cells(experiment: Experiment, outcomes: Any) -> None:
             row["scores"] = {name: scores["adapter"]["value"] for name, scores in tasks}
             row["parameters"] = results["parameters"]
             row["train_seconds"] = results["train"]["seconds"]
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        rows[outcome.cell] = row
+    for cell, row in rows_of(experiment).items():
+        if cell not in rows and (experiment.directory / cell / RESULTS).is_file():
+            rows[cell] = row
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()]
     experiment.directory.mkdir(parents=True, exist_ok=True)
     write_text(experiment.directory / CELLS, "".join(lines))
 
@@ -161,7 +170,9 @@ def run_cell(
     outcome = Outcome(cell.name, cell.variant, cell.point, cell.seed, "done")
     try:
         # What was begun with other settings begins anew.
-        same = all(key.startswith("evaluate.") for key in changed_keys(cell.config))
+        changed = changed_keys(cell.config)
+        same = all(key.startswith("evaluate.") for key in changed)
+        same = same and not {f"evaluate.{key}" for key in choosing_data(cell.config)} & {*changed}
         resume = same and last_checkpoint(directory) is not None
         execute(
             cell.config,
@@ -214,10 +225,11 @@ def share_base_samples(experiment: Experiment, config: RunConfig) -> None:
     """Put the base model's generations beside a cell's own, as a run has them."""
     folder = experiment.directory / BASE / _digest(config)
     target = config.directory / "samples" / "base"
-    for path in sorted(folder.glob("*.jsonl")):
-        target.mkdir(parents=True, exist_ok=True)
-        if not (target / path.name).exists():
-            shutil.copyfile(path, target / path.name)
+    for path in sorted(folder.rglob("*.jsonl")):  # words/sst2 is a task, and so a folder
+        copy = target / path.relative_to(folder)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _base_engine(config: RunConfig) -> HFEngine:
@@ -276,18 +288,37 @@ def _in_processes(
     for cell in todo:
         with suppress(Exception):  # the cell's own process meets it again, and records it
             base_scores(experiment, cell.config, reporter)
+    killed = yield from _in_pool(experiment, todo, jobs, reporter)
+    if killed:
+        reporter.say("A process was killed. The cells that it took along run one at a time.")
+    for cell in killed:
+        if (yield from _in_pool(experiment, [cell], 1, reporter)):
+            text = "its process was killed, perhaps for lack of memory"
+            yield Outcome(cell.name, cell.variant, cell.point, cell.seed, "failed", text)
+
+
+def _in_pool(
+    experiment: Experiment, todo: Sequence[Cell], jobs: int, reporter: Reporter
+) -> Generator[Outcome, None, list[Cell]]:
+    """Run cells in processes; return those that are unfinished because one of these was killed."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
+    killed = []
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(_in_process, experiment, cell, threads) for cell in todo]
+        futures = {pool.submit(_in_process, experiment, cell, threads): cell for cell in todo}
         try:
             for future in concurrent.futures.as_completed(futures):
-                outcome = future.result()
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    killed.append(futures[future])
+                    continue
                 reporter.say(f"{outcome.cell}: {outcome.status}")
                 yield outcome
         finally:
             for future in futures:
                 future.cancel()
+    return killed
 
 
 def _in_process(experiment: Experiment, cell: Cell, threads: int) -> Outcome:

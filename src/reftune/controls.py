@@ -10,6 +10,7 @@ from typing import get_args
 
 from torch import nn
 
+from reftune.context import CURRENT_OPTIONS
 from reftune.errors import ReftConfigError, did_you_mean
 from reftune.layer import Composition, ReftLayer
 
@@ -63,6 +64,28 @@ def set_composition(model: nn.Module, composition: Composition) -> None:
         )
     for layer in _layers_with(model, None):
         layer.composition = composition
+
+
+def otherwise_than_saved(model: nn.Module, adapters: Sequence[str]) -> str:
+    """Return what is set now on some adapters' edits, also by `options`, that is not saved.
+
+    A line such as "strength=0.5", "" where nothing is. Models with the same weights and the same
+    line give the same output.
+    """
+    now, found = CURRENT_OPTIONS.get(), set[str]()
+    for layer in reft_layers(model).values():
+        acting = [name for name in adapters if name in layer.configs]
+        for name in acting:
+            of = f"({name})" if len(adapters) > 1 else ""
+            strength = layer.strength[name] if now.strength is None else now.strength
+            names = layer.subspaces.get(name) if now.subspaces is None else now.subspaces
+            if strength != 1.0:
+                found.add(f"strength{of}={strength:g}")
+            if names is not None:
+                found.add(f"subspaces{of}={names}")
+        if len(acting) > 1 and layer.composition != "in_order":
+            found.add(f"composition={layer.composition}")
+    return " ".join(sorted(found))
 
 
 def _layers_with(model: nn.Module, adapter_name: str | None) -> list[ReftLayer]:

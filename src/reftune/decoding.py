@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from reftune.controls import otherwise_than_saved
 from reftune.errors import DataError, ReftConfigError
 
 
@@ -181,10 +182,13 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """Return the architecture, the active adapters and a digest of up to 9 values per weight."""
+    """Return the architecture, the active adapters and a digest of up to 9 values per weight.
+
+    Strength, subspaces and order are told where they are not as saved.
+    """
     active = list(model.active_adapters) if isinstance(model, PeftModel) else []
-    digest = _digest(model.named_parameters())
-    return f"{_architecture(model)} adapters={','.join(active) or 'none'} weights={digest}"
+    told = f"adapters={','.join(active) or 'none'} {otherwise_than_saved(model, active)}".rstrip()
+    return f"{_architecture(model)} {told} weights={_digest(model.named_parameters())}"
 
 
 def fingerprint_of(model: PreTrainedModel | PeftModel, adapter: str | None) -> str:
@@ -202,7 +206,8 @@ def fingerprint_of(model: PreTrainedModel | PeftModel, adapter: str | None) -> s
         return identity
     # Without saving embeddings PEFT does not ask the Hub about the base model.
     own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return f"{identity} adapter={_digest(sorted(own.items()))}"
+    told = otherwise_than_saved(model, [adapter])
+    return f"{identity} adapter={_digest(sorted(own.items()))} {told}".rstrip()
 
 
 def _architecture(model: PreTrainedModel | PeftModel) -> str:

@@ -101,7 +101,8 @@ def run_adapters(
 
     `adapters` says for each who which loaded adapter acts (None: the base model). Greedy
     completions are those of one evaluation after another, up to the rounding of the model's dtype.
-    `samples` names a samples file for each; the other arguments are those of `run`.
+    `samples` names a samples file for each; the other arguments are those of `run`. Rows of all
+    share batches, so the `seconds` of each are an equal share of the whole pass.
 
     Raises:
         RunError: a file belongs to another task, model, adapter or settings, or is damaged.
@@ -114,7 +115,9 @@ def run_adapters(
     }
     with _opened(task, engine, n, parts) as jobs:
         _evaluate(task, engine, n, jobs, progress)
-    return {job.who: result_of(task.name, task.metric, job.in_order(n)) for job in jobs}
+    found = {job.who: result_of(task.name, task.metric, job.in_order(n)) for job in jobs}
+    share = round(sum(result.seconds for result in found.values()) / max(len(found), 1), 3)
+    return {who: dataclasses.replace(result, seconds=share) for who, result in found.items()}
 
 
 def run_all(

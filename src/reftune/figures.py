@@ -85,7 +85,10 @@ def against_cost(
         axes.axhline(base[1], color="#666666", lw=1, ls=":", zorder=0, label=base[0])
     costs = [p.cost for p in points.values() if p.cost > 0]
     if costs and max(costs) > 20 * min(costs):
-        axes.set_xscale("log")
+        if any(p.cost == 0 for p in points.values()):  # which a log axis cannot show
+            axes.set_xscale("symlog", linthresh=min(costs))
+        else:
+            axes.set_xscale("log")
     _name_points(axes, points)
     axes.margins(x=0.12, y=0.15)
     axes.set(xlabel=cost, ylabel=score)

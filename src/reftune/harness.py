@@ -19,6 +19,7 @@ lm-eval finds models by a table of its own that plugins cannot add to, so its co
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -216,7 +217,8 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
         if sample:
             names |= {"top_p": 1.0, "top_k": 50}
         for name, default in names.items():
-            chosen[name] = given.pop(name, None) or getattr(own, name, None) or default
+            asked = given.pop(name, None)  # 0 is an answer: top_k 0 takes all tokens
+            chosen[name] = (getattr(own, name, None) or default) if asked is None else asked
         for name in ("top_p", "top_k", "seed", "use_cache"):  # of no effect in greedy decoding
             given.pop(name, None)
         if given:
@@ -279,7 +281,8 @@ def run_tasks(
             if cache is not None:
                 # lm-eval's key is the request alone: another model needs another file.
                 cache.mkdir(parents=True, exist_ok=True)
-                path = str(cache / f"{who}-{fingerprint(lm.model)[-16:]}-{lm.strength:g}")
+                key = hashlib.sha256(fingerprint(lm.model).encode()).hexdigest()[:16]
+                path = str(cache / f"{who}-{key}-{lm.strength:g}")
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),

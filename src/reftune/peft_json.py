@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from reftune.errors import RunError
+from reftune.methods import WEIGHT_METHODS
 from reftune.records import OURS, Record
 from reftune.run import ADAPTER, RESULTS
 
@@ -61,6 +62,7 @@ def method_comparison(record: Record) -> dict[str, Any]:
 
 def _train_info(record: Record, seconds: float) -> dict[str, Any]:
     trained, percent = record.results["parameters"], record.results["percent"]
+    base = round(100 * trained / percent) if percent else 0
     return {
         "accelerator_memory_reserved_avg": 0,
         "accelerator_memory_max": 0,
@@ -68,7 +70,7 @@ def _train_info(record: Record, seconds: float) -> dict[str, Any]:
         "train_time": seconds,
         "file_size": _file_size(record.directory / ADAPTER),
         "num_trainable_params": trained,
-        "num_total_params": trained + (round(100 * trained / percent) if percent else 0),
+        "num_total_params": base + (0 if record.method in WEIGHT_METHODS else trained),
         "status": "success",
         "metrics": _metrics(record),
     }

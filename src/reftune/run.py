@@ -43,7 +43,7 @@ from reftune.plots import plot_loss
 from reftune.saving import save_adapter
 from reftune.saving import write_text as write_text
 from reftune.settings import RunConfig, load_config
-from reftune.sources import read_examples, tasks_of, tokenise, without_leaks
+from reftune.sources import choosing_data, read_examples, tasks_of, tokenise, without_leaks
 from reftune.stored import ADAPTER as ADAPTER
 from reftune.stored import CONFIG as CONFIG
 from reftune.stored import adapter_directory as adapter_directory
@@ -147,12 +147,15 @@ def _evaluate(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Return the scores of the tasks, {task: {who: score}}."""
-    wanted = config.evaluate
+    wanted, samples = config.evaluate, config.directory / "samples"
+    if config.train.is_sharded(processes()):
+        # All take part in each forward. What one of them alone has already is not left out by all.
+        shutil.rmtree(samples, ignore_errors=True)
     scores = evaluate.run_all(
         tasks_of(config),
         HFEngine(loaded.model, loaded.tokenizer, wanted.batch_size),
         base=wanted.base and base_scores is None,
-        samples=config.directory / "samples" if processes().is_main else None,
+        samples=samples if processes().is_main else None,
         progress=reporter.evaluating,
     )
     known = base_scores or {}
@@ -234,6 +237,10 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
         if key not in MAY_DIFFER.get(section, ())
         if (value[key] if isinstance(value, dict) else value)
         != (before.get(section, {}).get(key) if isinstance(value, dict) else before.get(section))
+    ]
+    asked, asked_before = now["evaluate"], before.get("evaluate", {})
+    changed += [
+        f"evaluate.{key}" for key in choosing_data(config) if asked[key] != asked_before.get(key)
     ]
     if changed:
         raise RunError(

@@ -98,6 +98,13 @@ def tokenise(
     return train, None
 
 
+def choosing_data(config: RunConfig) -> tuple[str, ...]:
+    """Return which keys of `evaluate` decide which rows are trained on."""
+    if config.data.leaks == "drop":
+        return ("split", "tasks")
+    return ("split",) if _tasks(config.data.train) else ()
+
+
 def _examples(
     config: RunConfig, sources: str | Sequence[str], split: str, limit: int | None = None
 ) -> Examples:

@@ -90,14 +90,19 @@ _FACTS: Final = (
 
 @final
 class ProceduralTask(FamilyTask):
-    """A generator's questions; `limit` may ask for more training examples than 10,000."""
+    """A generator's questions; `limit` may ask for more training examples than 10,000.
+
+    Test and validation never have more than `SPLITS` says: only these are kept out of training.
+    """
 
     greedy: ClassVar[Sampling] = Sampling(max_new_tokens=48, stop=("\n",))
 
     def _load(self, data_dir: str | Path | None, split: Split, limit: int | None) -> list[Example]:
         generate, self._verify = _json_generator() if self.name == JSON else _gym(self.name)
         split = "train" if split == "fit" else split
-        entries = _entries(generate, split, limit or SPLITS[split][0])
+        size = SPLITS[split][0]
+        count = limit or size
+        entries = _entries(generate, split, count if split == "train" else min(count, size))
         return [
             Example(f"{entry['question'].strip()}\nAnswer:", f" {entry['answer']}", entry, where)
             for where, entry in ((f"{self.name} seed {seed}", e) for seed, e in entries)
