@@ -9,9 +9,9 @@ PIP    := $(BIN)/pip --disable-pip-version-check
 # vLLM pins its own versions of what we share, so serving has an environment of its own.
 SERVE  := .venv-serve
 # One thread per test process: two processes share the cores better than two threads do.
-TESTS  := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+TESTS  := CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-torchao serve-env test-serve lint types clean help
+.PHONY: demo test test-slow test-gpu test-torchao serve-env test-serve lint types clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,7 +26,10 @@ test: $(VENV)/.dev  ## install, then run the tests
 	$(TESTS) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev  ## the tests on real models, and those of many steps
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu"
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(VENV)/.dev  ## the tests that need a GPU (make TORCH=torch CONSTRAINTS= test-gpu)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
 # Installed apart: transformers imports torchao wherever it finds it, which takes seconds and prints.
 test-torchao: $(VENV)/.dev  ## the tests of quantised bases, torchao's with them

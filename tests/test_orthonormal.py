@@ -121,6 +121,17 @@ def test_ill_conditioned_rows_become_orthonormal(condition: float) -> None:
     assert error_of(R) < 1e-5
 
 
+def test_rounding_by_autocast_does_not_reach_R() -> None:
+    R = torch.linalg.qr(torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0)))[0].mT
+    moved = R + 0.01 * torch.randn(R.shape, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orthonormal.orthonormalise(moved)
+        assert orthonormal.is_orthonormal(found)
+        assert not orthonormal.is_orthonormal(R + 1e-4)
+    assert found.dtype == torch.float32
+    assert error_of(found) < 1e-6
+
+
 class Counter:
     """Count the calls of a function and note the shapes it was called with."""
 

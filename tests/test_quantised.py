@@ -13,8 +13,8 @@ from torch import Tensor
 from adapted_tiny import EOS, batch, config, logits, optimise, phis, prompts, strong, trainable
 from reftune import add_reft, options
 from reftune.errors import ReftConfigError, RunError
-from reftune.models import load_model
-from reftune.quantised import Quantization, device_map, quantization_config
+from reftune.models import load_model, own_device
+from reftune.quantised import Quantization, quantization_config
 from reftune.run import execute, load_adapter
 from reftune.settings import parse_config
 from runs import tiny_model_directory, tiny_run
@@ -244,12 +244,11 @@ def test_what_bitsandbytes_repeats_is_said_once(
 
 def test_each_process_loads_to_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device_map(None) == {"": "cuda:0"}
+    assert own_device() == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert device_map(None) == {"": "cuda:3"}
-    assert device_map("cpu") == {"": "cpu"}
+    assert own_device() == "cuda:3"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_map(None) == {"": "cpu"}
+    assert own_device() == "cpu"
 
 
 # --- what runs on a GPU only --------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from reftune import train
 from reftune.errors import ReftConfigError
 from reftune.run import execute
 from reftune.speed import offload
@@ -77,6 +78,43 @@ def test_moving_the_model_leaves_offloaded_weights_behind() -> None:
         model.to(torch.float64)  # moves as `.to(device)` does
     assert model.lm_head.weight.dtype is torch.float64
     assert {p.dtype for p in model.model.layers.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("shortcuts", [True, False])
+def test_nothing_that_training_calls_moves_the_offloaded_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shortcuts: bool
+) -> None:
+    moved: list[set[str]] = []
+    to = torch.nn.Module.to
+
+    def spy(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        moved.append({name for name, p in module.named_parameters() if not p.requires_grad})
+        return to(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", spy)
+    reunited: list[int] = []
+    monkeypatch.setattr(train, "reunite", lambda model, device: reunited.append(len(moved)))
+    wanted = {"gradient_checkpointing": True, "offload_base": True, "shortcuts": shortcuts}
+    results = execute(tiny_run(tmp_path, train=wanted))
+    assert "offload_base" in results["train"]["shortcuts"]
+    whole = [names for names in moved[: reunited[0]] if any("embed_tokens" in n for n in names)]
+    assert len(whole) >= 3, "before the trial, by the Trainer, and by accelerate"
+    assert not any(".layers." in name for names in whole for name in names)
+
+
+def test_a_model_that_does_not_fit_is_evaluated_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def too_large(model: torch.nn.Module, device: torch.device) -> None:
+        asked.append(device.type)
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(offload, "place", too_large)
+    offload.reunite(tiny_llama(), torch.device("cuda"))
+    assert asked == ["cuda", "cpu"]
 
 
 def test_offloading_without_checkpointing_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from reftune.callbacks import CHECKPOINTS, Reporter, last_checkpoint
 from reftune.errors import RunError, RunInterrupted
 from reftune.experiment import Cell, Experiment, Point
 from reftune.generate import HFEngine
-from reftune.models import load_model
+from reftune.models import load_model, own_device
 from reftune.run import (
     CONFIG,
     MAY_DIFFER,
@@ -236,6 +236,7 @@ def _base_engine(config: RunConfig) -> HFEngine:
     model, tokenizer = load_model(
         config.model,
         config.dtype,
+        "cpu" if config.train.device == "cpu" else own_device(),
         attn_implementation=config.attn_implementation,
         quantization=config.quantization,
     )

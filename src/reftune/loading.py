@@ -10,7 +10,7 @@ from reftune.callbacks import CHECKPOINTS
 from reftune.encoder import classifier_config, load_classifier
 from reftune.errors import RunError
 from reftune.methods import WEIGHTS_CONFIG, load_weights, read_weights_config
-from reftune.models import EMBEDDED, load_model
+from reftune.models import EMBEDDED, load_model, own_device
 from reftune.stored import CONFIG, base_of, find_adapter, quantization_of
 
 AS_TRAINED: Final = "as-trained"
@@ -38,9 +38,12 @@ def load_adapter(
     """Load an adapter (its directory, a run's directory, or a Hub name) on its base model.
 
     `base` overrides the model that the adapter was trained on, `quantization` how a run's config
-    beside the adapter says that it was loaded (None: it is not quantised). Raises RunError.
+    beside the adapter says that it was loaded (None: it is not quantised). It is put on `device`,
+    by default this process's GPU, or the CPU where there is none. Raises RunError.
     """
     import peft
+
+    device = device or own_device()
 
     where = find_adapter(path)
     if (Path(where) / WEIGHTS_CONFIG).is_file():
@@ -68,7 +71,7 @@ def _load_base(
     adapter: Path | str,
     base: str,
     dtype: Any,
-    device: str | None,
+    device: str,
     quantization: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal model, or the encoder of a classifier, whose adapter has a config of its own.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from reftune.errors import ReftConfigError, RunError, did_you_mean
 from reftune.hub import in_words, split_revision
-from reftune.quantised import device_map, quantization_config
+from reftune.quantised import quantization_config
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +105,14 @@ def load_model(
     return model, tokenizer
 
 
+def own_device() -> str:
+    """Return where a model is used if nobody says where: this process's GPU, else the CPU."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK", "0")  # torchrun's
+    return f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+
+
 def _quantized(
     where: str, revision: str | None, dtype: DType, device: str | None, quantization: str | None
 ) -> dict[str, Any]:
@@ -120,7 +128,8 @@ def _quantized(
         own = getattr(torch, dtype)
     return {
         "quantization_config": quantization_config(quantization, own or torch.float32),
-        "device_map": device_map(device),
+        # bitsandbytes' cannot be moved later
+        "device_map": {"": device or own_device()},
     }
 
 

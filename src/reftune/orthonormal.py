@@ -35,15 +35,16 @@ _optimizer_steps = [0]  # of all optimizers
 
 
 def orthonormalise(A: Tensor) -> Tensor:
-    """Return the Gram-Schmidt orthonormal rows of `A` (..., r, d), r <= d, in float32 or wider.
+    """Return the Gram-Schmidt orthonormal rows of `A` (..., r, d), r <= d.
 
-    Three passes of Cholesky on the r x r Gram matrix, the first one shifted: rows are orthonormal
-    to rounding up to a condition of `A` of about 1e6. Without the shift a step far too large makes
-    R NaN. No d x d tensor is made, nothing is read back from the device.
+    Passes of Cholesky on the r x r Gram matrix, the first one shifted: rows are orthonormal to
+    rounding up to a condition of `A` of about 1e6. Without the shift a step far too large makes
+    R NaN. No d x d tensor is made, nothing is read back from the device. In float64, which neither
+    autocast nor TF32 rounds, two passes do; where there is none (MPS), three.
     """
-    R = A if A.dtype == torch.float64 else A.float()
+    R = _precise(A)
     eye = torch.eye(R.shape[-2], dtype=R.dtype, device=R.device)
-    for shift in (1e-6, 0.0, 0.0):
+    for shift in (1e-6, 0.0) if R.dtype == torch.float64 else (1e-6, 0.0, 0.0):
         trace = R.square().sum(dim=(-2, -1), keepdim=True)
         L, _ = torch.linalg.cholesky_ex(R @ R.mT + shift * trace * eye)
         R = torch.linalg.solve_triangular(L, R, upper=False)
@@ -52,9 +53,13 @@ def orthonormalise(A: Tensor) -> Tensor:
 
 def is_orthonormal(R: Tensor) -> bool:
     """Return whether rows are orthonormal as far as their dtype can tell, or to 1e-5."""
-    gram = R.float() @ R.float().mT
+    gram = _precise(R) @ _precise(R).mT
     gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     return bool((gram.abs() < max(1e-5, 4 * torch.finfo(R.dtype).eps)).all())
+
+
+def _precise(A: Tensor) -> Tensor:
+    return A.float() if A.device.type == "mps" else A.double()
 
 
 class OnStiefel(torch.autograd.Function):

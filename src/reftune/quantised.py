@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
@@ -64,19 +63,6 @@ def _torchao_int4() -> object:
     if torch.cuda.is_available():
         return Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format="tile_packed_to_4d")
     return IntxWeightOnlyConfig(torch.int4, PerGroup(_GROUP))  # type: ignore[attr-defined]
-
-
-def device_map(device: str | None) -> dict[str, str] | None:
-    """Return where a quantised model is loaded: bitsandbytes' cannot be moved later.
-
-    Without a device: this process's GPU, or the CPU where there is none.
-    """
-    import torch
-
-    if device is None:
-        rank = os.environ.get("LOCAL_RANK", "0")  # torchrun's
-        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    return {"": device}
 
 
 def _check(name: str) -> None:

@@ -42,6 +42,7 @@ from reftune.distributed import Processes, processes
 from reftune.errors import RunError
 from reftune.heldout import heldout_cross_entropy
 from reftune.methods import weights_of
+from reftune.speed.offload import place, reunite
 from reftune.speed.plan import Shortcuts, SpeedSettings, choose, describe, examples_to_try
 from reftune.speed.training import Step, settle, taking
 from reftune.trainer import EpochSampler as EpochSampler
@@ -236,7 +237,11 @@ def fit(
             "again without --resume (with --overwrite, if the directory holds a run)."
         )
     total = settings.total_steps(len(train))
+    best = selection.metric if selection else None
+    arguments = settings.arguments(directory, seed, len(train), best)
     if checkpoint is not None and step_of(checkpoint) >= total:
+        if not settings.is_sharded(processes()):
+            place(model, arguments.device)
         before = _trained_before(model, heldout, collator, settings, checkpoint)
         tokens = settings.passes(len(train)) * sum(train.lengths)
         spent = _for_results(trained_before(directory / LOG), model)
@@ -245,17 +250,17 @@ def fit(
     log_file = LogFile(directory / LOG, after_step=step_of(checkpoint), writes=world.is_main)
     watch = Watch(train.lengths, total, on_progress)
     interrupt = Interrupt()
-    best = selection.metric if selection else None
     sharding = settings.is_sharded(world)
     if sharding and checkpoint is not None:  # now, while the model is whole
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     callbacks = [log_file, watch, interrupt, StopAtNaN(directory)]
-    with shortcuts(model, train, collator, settings, directory) as step:
-        arguments = settings.arguments(directory, seed, len(train), best)
+    with shortcuts(model, train, collator, settings, directory, arguments.device) as step:
         trainer = _trainer(step, model, arguments, train, selection, callbacks, sharding)
         _silence_printing(trainer)
         with interrupt.handling():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if step.offloaded:
+        reunite(model, arguments.device)
     spent = _for_results(log_file.spent, model)
     heldout_loss = None
     takes_part = world.is_main or sharding
@@ -297,12 +302,19 @@ def _trainer(
 
 @contextmanager
 def shortcuts(
-    model: Any, train: TrainingData, collator: Any, settings: TrainSettings, directory: Path
+    model: Any,
+    train: TrainingData,
+    collator: Any,
+    settings: TrainSettings,
+    directory: Path,
+    device: torch.device | None = None,
 ) -> Iterator[Step]:
     """Let a model take, in a block, the shortcuts that give the loss and gradients it gives.
 
-    Whether they do is tried on a few short examples; where not, it takes fewer, and says why.
+    Whether they do is tried on a few short examples, on the `device` of the training (by default
+    where the model is), where the model then is; where not, it takes fewer, and says why.
     """
+    device = device or next(model.parameters()).device
     world = processes()
     # What is spread over processes is there only within its own forward.
     seen = None if settings.is_sharded(world) else describe(model)
@@ -319,9 +331,10 @@ def shortcuts(
             # of several processes, an epoch later another one has an example
             epochs=settings.passes(len(train)) if world.count == 1 else 1,
             gradient_checkpointing=settings.gradient_checkpointing,
-            device=torch.device("cuda" if settings.on_accelerator else "cpu"),
+            device=device,
             folder=directory,
         )
+        place(model, device, seen.layers if chosen.offload is not None else ())
         rows = [train[i] for i in examples_to_try(seen, lengths, prompts)]
         chosen = settle(seen, chosen, model, collator, rows)
     with taking(seen, chosen, collator) as step:

@@ -90,6 +90,14 @@ class ReftTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+
+        def prepare_model(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            with left_where_they_are(self.step.offloaded):  # it moves the model, too
+                prepared: nn.Module = prepare(model, *args, **kwargs)
+            return prepared
+
+        self.accelerator.prepare_model = prepare_model
         state = self.accelerator.state
         if self.sharding and not self.is_fsdp_enabled:
             # accelerate shards on accelerators alone; `fully_shard` does on CPUs, too.

@@ -57,6 +57,24 @@ def left_where_they_are(layers: Sequence[nn.Module]) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
+def place(model: nn.Module, device: torch.device, host: Sequence[nn.Module] = ()) -> None:
+    """Move a model to a device, but for the frozen weights of the layers `host`.
+
+    A model that is quantised, or spread over devices, has its place already.
+    """
+    if getattr(model, "hf_device_map", None) is None:
+        with left_where_they_are(host):
+            model.to(device)
+
+
+def reunite(model: nn.Module, device: torch.device) -> None:
+    """Move a model whose layers were on the host to a device, or to the host if it is too large."""
+    try:
+        place(model, device)
+    except torch.OutOfMemoryError:
+        place(model, torch.device("cpu"))
+
+
 def _on_host(data: Tensor, device: torch.device) -> Tensor:
     host = data.to("cpu")
     return host.pin_memory() if device.type == "cuda" else host

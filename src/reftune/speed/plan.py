@@ -250,8 +250,9 @@ def choose(
     folder: Path,
 ) -> Shortcuts:
     """Return the shortcuts that a run takes, for examples of such lengths (N,) each."""
+    offload = device if settings.offload_base else None
     if not settings.shortcuts:
-        return Shortcuts()
+        return Shortcuts(offload=offload)
     flash = "flash" in str(model.whole.config._attn_implementation)
     packed = flash if settings.packing == "auto" else settings.packing
     compile_it = settings.compile
@@ -283,7 +284,7 @@ def choose(
         packed=packed and model.causal,
         compile=compile_it,
         whole=stretches,
-        offload=device if settings.offload_base else None,
+        offload=offload,
     )
 
 

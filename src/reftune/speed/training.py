@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ log = logging.getLogger("reftune")
 # Rounding is a hundredth of it in float32, a quarter in bfloat16 (SmolLM2); attention across packed
 # examples changes the gradient by 0.2 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.1}
+_TF32 = 0.02  # on GPUs that round the factors of float32 products
 
 
 @dataclass
@@ -139,15 +140,18 @@ class ClassifierForward:
 @contextmanager
 def taking(model: Model | None, shortcuts: Shortcuts, collator: Any) -> Iterator[Step]:
     """Let a model's forward take shortcuts in a block; yields the step that feeds it."""
-    if model is None or not shortcuts.on:
+    if model is None:
         yield Step(collator)
         return
     with ExitStack() as stack:
+        offloaded = model.layers if shortcuts.offload is not None else ()
+        stack.enter_context(_offloading(model, shortcuts))
+        if not shortcuts.on:
+            yield Step(collator, offloaded=offloaded, taken=shortcuts.names)
+            return
         stack.enter_context(attention.in_training(model.whole))
         stack.enter_context(dropout.faster(model.whole))
         stack.enter_context(norms.faster(model.whole))
-        if shortcuts.offload is not None:
-            stack.enter_context(offloading(model.layers, shortcuts.offload))
         if shortcuts.compile:
             # What leaves out rows is not compiled: their number is another in each batch.
             whole = len(model.layers) - (1 if shortcuts.unread else 0)
@@ -159,9 +163,14 @@ def taking(model: Model | None, shortcuts: Shortcuts, collator: Any) -> Iterator
             stack.enter_context(shortcuts.frozen.active())
         forward = (LabelledLoss if model.causal else ClassifierForward)(model, computed)
         stack.enter_context(forward_replaced([model.whole], lambda _: forward))
-        offloaded = model.layers if shortcuts.offload is not None else ()
         collate = _batches(model, shortcuts, collator)
         yield Step(collate, shortcuts.frozen, offloaded, shortcuts.names)
+
+
+def _offloading(model: Model, shortcuts: Shortcuts) -> AbstractContextManager[None]:
+    if shortcuts.offload is None:
+        return nullcontext()
+    return offloading(model.layers, shortcuts.offload)
 
 
 def _batches(
@@ -188,7 +197,6 @@ def settle(
     """Return the shortcuts, of those chosen, that change nothing on some rows; see `difference`."""
 
     def reason(shortcuts: Shortcuts) -> str | None:
-        shortcuts = replace(shortcuts, offload=None)
         why = difference(model, shortcuts, adapted, collator, rows)
         if why is None and shortcuts.heads:
             why = difference(model, shortcuts, adapted, collator, [rows[-1], _shorter(rows[-1])])
@@ -199,7 +207,7 @@ def settle(
     kept = Shortcuts(on=True, whole=chosen.whole, offload=chosen.offload)
     if (why := reason(kept)) is not None:
         log.warning("Training takes no shortcuts with this model: %s.", why)
-        return Shortcuts()
+        return Shortcuts(offload=chosen.offload)
     for name in ("packed", "compile", "frozen", "heads", "padding", "sharing", "unread"):
         more = replace(kept, **{name: getattr(chosen, name)})
         if more == kept or (name == "heads" and kept.frozen is None):
@@ -249,7 +257,11 @@ def _difference(
 ) -> str | None:
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     device = parameters[0].device
-    expected = _gradients(adapted, _to(collator(rows), device), parameters)
+    tolerance = _TOLERANCE[model.whole.dtype]
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        tolerance = max(tolerance, _TF32)
+    with _offloading(model, shortcuts):
+        expected = _gradients(adapted, _to(collator(rows), device), parameters)
     with taking(model, shortcuts, collator) as step:
         keeps = shortcuts.frozen is not None and shortcuts.frozen.store is not None
         for _ in range(2 if keeps else 1):
@@ -258,7 +270,7 @@ def _difference(
             step.after()
             for name, a, b in zip(("loss", "gradient"), expected, found, strict=True):
                 error = float((a - b).norm() / a.norm().clamp(min=1e-12))
-                if not error <= _TOLERANCE[model.whole.dtype]:
+                if not error <= tolerance:
                     return f"the {name} differs by {error:.1e}"
     return None
 
