@@ -1,12 +1,16 @@
 """The verbs, run in this process on a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from reftune.errors import ReftConfigError
+from reftune.generate import Completion, HFEngine
 from reftune.run import execute
+from reftune.stored import quantization_of, template_of
 from reftune_cli import app
 from reftune_cli.chat import Chat, load_chat
 from runs import tiny_run
@@ -110,6 +114,43 @@ def test_config_prints_every_key_and_a_schema() -> None:
     assert "train.learning_rate" in output
     code, output = invoke("config", "--schema")
     assert "learning_rate" in json.dumps(json.loads(output))
+
+
+def test_a_reply_is_printed_as_it_is(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = "Use :100: or [bold]: " + "x " * 200
+    completion = Completion((1,), (2,), reply, "stop")
+    monkeypatch.setattr(HFEngine, "generate", lambda *_: [completion])
+    code, output = invoke("generate", str(finished), "say aa")
+    assert code == 0
+    assert output == reply.strip() + "\n"
+
+
+def test_a_name_before_one_adapter_is_a_name(finished: Path, tmp_path: Path) -> None:
+    code, output = invoke("evaluate", f"mine={finished}", "--tasks", "demo", "--limit", "1")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "data: x.json\n", "data: {path: x}\n", "data: [\n", "train: 1\n"]
+)
+def test_a_config_beside_an_adapter_may_be_of_something_else(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.yaml").write_text(text)
+    assert template_of(tmp_path / "adapter") == "auto"
+    assert quantization_of(tmp_path / "adapter") is None
+
+
+def test_a_chat_has_adapters_of_one_base(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished / "adapter", other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "someone/else"})
+    )
+    named = [f"one={finished}", f"two={other}"]
+    with pytest.raises(ReftConfigError, match="trained on someone/else.*--model"):
+        load_chat(named, None, "float32")
+    assert load_chat(named, config["base_model_name_or_path"], "float32")[1] == ["one", "two"]
 
 
 def test_chat_switches_between_adapter_strength_and_base(

@@ -197,14 +197,25 @@ def test_a_directory_is_replaced_only_when_asked(
     (out / "precious").write_text("x")
     with pytest.raises(ConversionError, match="exists already"):
         convert(source, out, answers=given)
+    with pytest.raises(ConversionError, match=f"holds no adapter.*{out / source.name}"):
+        convert(source, out, answers=given, overwrite=True)
     assert (out / "precious").read_text() == "x"
-    convert(source, out, answers=given, overwrite=True)
+    (out / "precious").unlink()
+    for _ in range(2):
+        convert(source, out, answers=given, overwrite=True)
     assert {p.name for p in out.iterdir()} == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_what_holds_the_source_is_not_replaced(source: Path, given: Answers) -> None:
+    before = {p: p.read_bytes() for p in source.rglob("*") if p.is_file()}
+    with pytest.raises(ConversionError, match="which would be replaced"):
+        convert(source, source, answers=given, overwrite=True)
+    assert {p: p.read_bytes() for p in source.rglob("*") if p.is_file()} == before
 
 
 def test_other_directories_are_no_checkpoints(tmp_path: Path) -> None:

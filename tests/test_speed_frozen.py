@@ -1,5 +1,6 @@
 """Frozen states are computed once, kept within limits, never stale, and never another example's."""
 
+import math
 import random
 from collections.abc import Iterator
 from functools import partial
@@ -14,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from reftune import reft_layers
 from reftune.positions import Positions, SlotKey
-from reftune.speed.frozen import States, Store, first_edited
-from reftune.speed.plan import Shortcuts
+from reftune.speed.frozen import States, Store, _free_below, _free_in_group, first_edited
+from reftune.speed.plan import Shortcuts, SpeedSettings, choose
 from reftune.speed.training import Step, taking
 from speed_tiny import (
     COLLATOR,
@@ -314,6 +315,46 @@ def replace_data(layer: nn.Module) -> None:
 
 def load(layer: nn.Module) -> None:
     layer.mlp.load_state_dict({k: v * 1.5 for k, v in layer.mlp.state_dict().items()})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_is_the_memory_that_is_free(tmp_path, version) -> None:
+    group = tmp_path / ("memory" if version == 1 else "")
+    limit, usage, cached = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ("memory.max", "memory.current", "inactive_file"),
+    )[version - 1]
+    assert _free_below(group, limit, usage, cached + " ") == math.inf
+    group.mkdir(exist_ok=True)
+    (group / usage).write_text("700\n")
+    (group / "memory.stat").write_text(f"active_file 9\n{cached} 200\nanon 5\n")
+    (group / limit).write_text("max\n")
+    assert _free_below(group, limit, usage, cached + " ") == math.inf
+    (group / limit).write_text("1000\n")
+    assert _free_below(group, limit, usage, cached + " ") == 500
+    assert _free_in_group(tmp_path) == 500
+
+
+def test_an_accelerator_is_not_brought_the_heads_unless_asked(tmp_path) -> None:
+    model = llama(positions="l2")
+    lengths, prompts = torch.full((4,), 40), torch.full((4,), 38)
+
+    def heads(reuse: Any, device: str) -> bool:
+        return choose(
+            described(model),
+            model,
+            SpeedSettings(reuse=reuse),
+            lengths=lengths,
+            prompt_lengths=prompts,
+            epochs=3,
+            gradient_checkpointing=False,
+            device=torch.device(device),
+            folder=tmp_path,
+        ).heads
+
+    assert heads("auto", "cpu")
+    assert heads(True, "cuda")
+    assert not heads("auto", "cuda")
 
 
 @pytest.mark.parametrize("change", [add_in_place, replace_parameter, replace_data, load])

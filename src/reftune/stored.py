@@ -43,8 +43,7 @@ def find_adapter(path: str | Path) -> Path:
 
 def template_of(path: str | Path) -> str:
     """Return the template that a run's config (beside its adapter) names, else "auto"."""
-    data = _run_config(path).get("data")
-    return str(data["template"]) if data else "auto"
+    return str(_run_config(path).get("data", {}).get("template", "auto"))
 
 
 def quantization_of(path: str | Path) -> str | None:
@@ -54,9 +53,15 @@ def quantization_of(path: str | Path) -> str | None:
 
 
 def _run_config(path: str | Path) -> dict[str, Any]:
+    """Return a run's config; {} where there is none, or one that is not ours."""
     for folder in (Path(path), Path(path).parent):
-        if (folder / CONFIG).is_file():
-            values: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        if not (folder / CONFIG).is_file():
+            continue
+        try:
+            values = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue
+        if isinstance(values, dict) and isinstance(values.get("data"), dict):
             return values
     return {}
 

@@ -259,8 +259,6 @@ def fit(
         _silence_printing(trainer)
         with interrupt.handling():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if step.offloaded:
-        reunite(model, arguments.device)
     spent = _for_results(log_file.spent, model)
     heldout_loss = None
     takes_part = world.is_main or sharding
@@ -339,6 +337,8 @@ def shortcuts(
         chosen = settle(seen, chosen, model, collator, rows)
     with taking(seen, chosen, collator) as step:
         yield step
+    if step.offloaded:
+        reunite(model, device)
 
 
 def mean_loss(log: Sequence[Mapping[str, float]]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.markup import escape
 
 from reftune.controls import set_strength
@@ -13,6 +13,7 @@ from reftune.errors import ReftConfigError, ReftuneError, did_you_mean
 from reftune.generate import Sampling, stream
 from reftune.prompts import Message, encode_prompt
 from reftune.run import Loaded, find_adapter, load_adapter, template_of
+from reftune.stored import base_of
 from reftune_cli.console import out
 
 HELP = """/adapter NAME   switch to an adapter (without a name: list them)
@@ -39,7 +40,14 @@ def load_chat(
             "Compare by: reftune generate ADAPTER PROMPT --compare"
         )
     for name, where in rest:
-        loaded.model.load_adapter(str(find_adapter(where)), name)
+        found = find_adapter(where)
+        base = base_of(PeftConfig.from_pretrained(str(found)))
+        if model is None and base not in ("", loaded.base):
+            raise ReftConfigError(
+                f"{where!r} was trained on {base}, and {path!r} on {loaded.base}; adapters in one "
+                "chat have one base. Name it with --model if these are the same."
+            )
+        loaded.model.load_adapter(str(found), name)
     return loaded, names, template_of(find_adapter(path))
 
 

@@ -46,7 +46,7 @@ from reftune.settings import RunConfig, describe
 from reftune.tasks import get_task
 
 # What is piped into a file or another program is not broken at 80 columns.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 
 
 class ConsoleReporter:
@@ -190,7 +190,7 @@ def generate_replies(
     replies = [c.text.strip() for c in engine.generate(ids, sampling)]
     if not compare:
         for reply in replies:
-            out.print(escape(reply))
+            out.print(escape(reply), soft_wrap=True)
         return
     with as_base(loaded.model):
         plain = [c.text.strip() for c in engine.generate(ids, sampling)]

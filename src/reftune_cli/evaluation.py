@@ -74,8 +74,9 @@ def evaluate_with_hf(request: Request, reporter: Reporter) -> dict[str, Any]:
     """Evaluate an adapter with transformers; or several of one base model, in one pass."""
     adapters, tasks = request.adapters, request.open_tasks()
     if len(adapters) == 1:
-        reporter.say(f"Loading {adapters[0]}")
-        loaded = load_adapter(adapters[0], base=request.model, dtype=request.dtype)
+        _, path = named_adapter(adapters[0])
+        reporter.say(f"Loading {path}")
+        loaded = load_adapter(path, base=request.model, dtype=request.dtype)
         names: Sequence[str] = []
     else:
         _check_one_pass(adapters, request.model)
@@ -92,7 +93,8 @@ def evaluate_with_vllm(request: Request, reporter: Reporter) -> dict[str, Any]:
 
     adapters, model, tasks = request.adapters, request.model, request.open_tasks()
     one = len(adapters) == 1
-    named = {"adapter": adapters[0]} if one else dict(map(named_adapter, adapters))
+    pairs = list(map(named_adapter, adapters))
+    named = {"adapter": pairs[0][1]} if one else dict(pairs)
     if len(named) != len(adapters):
         raise ReftConfigError(f"Two adapters have the same name: {list(named)}. Use NAME=ADAPTER.")
     where = {name: find_adapter(path) for name, path in named.items()}
@@ -126,9 +128,9 @@ def evaluate_lm_eval(
 
     from reftune.harness import ReftuneLM, run_tasks
 
-    (adapter,) = request.adapters
-    reporter.say(f"Loading {adapter}")
-    loaded = load_adapter(adapter, base=request.model, dtype=request.dtype)
+    _, path = named_adapter(request.adapters[0])
+    reporter.say(f"Loading {path}")
+    loaded = load_adapter(path, base=request.model, dtype=request.dtype)
     results = run_tasks(
         ReftuneLM(loaded, batch_size=request.batch_size),
         request.tasks,

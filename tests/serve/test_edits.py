@@ -111,6 +111,11 @@ def test_a_record_survives_the_way_to_other_processes() -> None:
     assert Edits.read(None) is None
 
 
+@pytest.mark.parametrize("given", ["x", 1, ["rows"], {"rows": None}, {}, None])
+def test_what_a_client_sends_to_an_engine_without_reftune_is_no_record(given: object) -> None:
+    assert Edits.read({"reftune": given}) is None
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -20,7 +20,12 @@ from reftune.convert.adapter import (
     write_directory,
 )
 from reftune.convert.adapters import is_adapters, read_adapters
-from reftune.convert.easysteer import check_easysteer_has_words, easysteer_notes, write_easysteer
+from reftune.convert.easysteer import (
+    SPEC,
+    check_easysteer_has_words,
+    easysteer_notes,
+    write_easysteer,
+)
 from reftune.convert.pyreft import locate, read_pyreft
 from reftune.convert.pyreft_out import check_pyreft_has_words, pyreft_notes, write_pyreft
 from reftune.errors import ConversionError, did_you_mean
@@ -71,6 +76,7 @@ def convert(
     target = Path(out).expanduser()
     if target.exists() and not overwrite:
         raise ConversionError(f"{target} exists already. Give another name, or --overwrite.")
+    _check_replaceable(target, Path(source).expanduser())
     name, adapter = read(source, answers or Answers())
     notes = list(adapter.notes)
     if to == "pyreft":
@@ -87,6 +93,21 @@ def convert(
     if adapter.lora_config is not None and to == "reftune":
         notes.append(f"The LoRA beside it is an adapter of its own: {target / LORA}.")
     return Conversion(name, target, adapter, tuple(notes))
+
+
+def _check_replaceable(target: Path, source: Path) -> None:
+    """Raise ConversionError where a directory in the way is more than a conversion's."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not any(any(target.glob(mark)) for mark in ("adapter_config.json", "intkey_*.bin", SPEC)):
+        raise ConversionError(
+            f"{target} holds no adapter, so it is not replaced. Name a new directory in it: "
+            f"{target / source.name}."
+        )
+    if source.resolve().is_relative_to(target.resolve()):
+        raise ConversionError(
+            f"{source} is in {target}, which would be replaced. Give another name."
+        )
 
 
 def read(source: str | Path, answers: Answers) -> tuple[str, Adapter]:

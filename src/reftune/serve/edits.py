@@ -8,7 +8,7 @@ rest. Blocks before the first edited token have no key of ours: base and adapter
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple, final
 
@@ -77,9 +77,13 @@ class Edits:
 
     @classmethod
     def read(cls, extra_args: Mapping[str, Any] | None) -> Edits | None:
-        """Return the record in a request's `extra_args`, or None where it has none."""
+        """Return the record in a request's `extra_args`, or None where it has none.
+
+        A front end of ours lets no client write one; in an engine that does not use reftune a
+        client may send anything of that name, and what is no record is not ours.
+        """
         given = (extra_args or {}).get(KEY)
-        if given is None:
+        if not isinstance(given, Mapping) or given.keys() != {f.name for f in fields(cls)}:
             return None
         rows = given["rows"]
         return cls(**{**given, "rows": None if rows is None else tuple(rows)})

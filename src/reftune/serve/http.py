@@ -79,7 +79,7 @@ class AdapterModels(OpenAIServingModels):  # type: ignore[misc]
             return wrong
         async with self.lora_resolver_lock[name]:
             try:
-                path = self.catalog.locate(request.lora_path)
+                path = await asyncio.to_thread(self.catalog.locate, request.lora_path)
                 self.frontend.store.forget(path)
                 await self._read(name, str(path))
             except (ReftuneError, OSError) as error:

@@ -158,7 +158,7 @@ class Store:
 
 
 def free_memory(share: float = 0.25) -> int:
-    """Return a share of the memory that is free, in bytes."""
+    """Return a share of the memory that is free, for this process, in bytes."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -166,7 +166,32 @@ def free_memory(share: float = 0.25) -> int:
                 free = int(line.split()[1]) * 1024
     except OSError:
         pass
-    return int(share * free)
+    return int(share * min(free, _free_in_group(Path("/sys/fs/cgroup"))))
+
+
+def _free_in_group(root: Path) -> float:
+    """Return what the process's control groups, a container's, leave of their limits, in bytes."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return math.inf
+    names = [line.partition("::")[2] for line in lines if line.startswith("0::")]
+    v2 = ("memory.max", "memory.current", "inactive_file ")
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
+    own = [root / name.lstrip("/") for name in names]
+    groups = [(folder, v2) for leaf in own for folder in (leaf, *leaf.parents)]
+    return min(_free_below(folder, *files) for folder, files in [*groups, (root / "memory", v1)])
+
+
+def _free_below(group: Path, limit: str, usage: str, cache: str) -> float:
+    """Return a limit less what is used, but for files that are cached; without a limit, inf."""
+    try:
+        most = int((group / limit).read_text())
+        used = int((group / usage).read_text())
+        cached = (group / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # "max"
+        return math.inf
+    return max(0, most - used + sum(int(c.split()[1]) for c in cached if c.startswith(cache)))
 
 
 def free_disk(folder: Path, share: float = 0.25) -> int:
@@ -249,8 +274,9 @@ class Frozen:
         if self.store is None or returned is None:
             return
         cache = batch.get("past_key_values")
+        returned = returned.cpu()  # an accelerator's at once
         for row, number in enumerate(index):
-            hidden = returned[row, : lengths[row]].to("cpu", copy=True)
+            hidden = returned[row, : lengths[row]].clone()
             keys = None
             if cache is not None:
                 P = batch["prompt_mask"].shape[1] - returned.shape[1]
@@ -313,10 +339,10 @@ class Frozen:
     def _keys_of(self, cache: DynamicCache, row: int, real: Tensor) -> Tensor:
         """Return an example's keys and values above the first edited layer, (2L, H, P, D)."""
         above: list[Any] = cache.layers[self.first + 1 :]
-        P = len(real)
-        parts = [t[row, :, :P][:, real] for layer in above for t in (layer.keys, layer.values)]
+        columns = real.nonzero().flatten()  # of the first P
+        parts = [t[row].index_select(1, columns) for a in above for t in (a.keys, a.values)]
         if not parts:  # the first edited layer is the last
-            return torch.empty(0, 1, int(real.sum()), 1)
+            return torch.empty(0, 1, len(columns), 1)
         return torch.stack(parts).detach().to("cpu", copy=True)
 
     def _cache(self, states: Sequence[States], mask: Tensor) -> DynamicCache:

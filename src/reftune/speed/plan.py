@@ -217,10 +217,12 @@ def can_reuse(model: Model, adapted: nn.Module) -> bool:
     return not (dropout or random or others)
 
 
-def saved_share(model: Model, lengths: Tensor, prompt_lengths: Tensor) -> float:
+def saved_share(
+    model: Model, lengths: Tensor, prompt_lengths: Tensor, heads_apart: bool = True
+) -> float:
     """Return which share of a later epoch's arithmetic need not be done again, about."""
     assert model.config is not None
-    starts = first_edited(prompt_lengths, model.config)
+    starts = first_edited(prompt_lengths, model.config) * int(heads_apart)
     heads, tokens = float(starts.sum()), float(lengths.sum())
     below, L = min(model.edited) + 1, len(model.layers)
     step = tokens * (L + (L - below))
@@ -267,11 +269,14 @@ def choose(
     pools = model.config is not None and model.config.intervention.pools_tokens
     dropout = model.config is not None and model.config.dropout > 0
     if settings.reuse and may_reuse and not stretches:
-        worth = saved_share(model, lengths, prompt_lengths) > WORTH
+        apart = not gradient_checkpointing and not _slides(model, longest)
+        # To bring an accelerator all keys and values of heads may take longer than to compute them.
+        apart = apart and (epochs <= 1 or device.type == "cpu" or settings.reuse is True)
+        worth = saved_share(model, lengths, prompt_lengths, apart) > WORTH
         if worth or settings.reuse is True:
             store = _store(settings, folder) if epochs > 1 else None
             frozen = Frozen(model.decoder, model.layers, min(model.edited), store)
-            heads = not gradient_checkpointing and not _slides(model, longest)
+            heads = apart
     skips = settings.skip_unread and not gradient_checkpointing  # a recomputation would not know
     compile_it = compile_it and not (heads or settings.offload_base)
     return Shortcuts(
