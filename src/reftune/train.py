@@ -237,20 +237,19 @@ def fit(
             "again without --resume (with --overwrite, if the directory holds a run)."
         )
     total = settings.total_steps(len(train))
-    best = selection.metric if selection else None
-    arguments = settings.arguments(directory, seed, len(train), best)
+    arguments = settings.arguments(directory, seed, len(train), selection and selection.metric)
+    world = processes()
+    sharding = settings.is_sharded(world)
     if checkpoint is not None and step_of(checkpoint) >= total:
-        if not settings.is_sharded(processes()):
+        if not sharding:
             place(model, arguments.device)
         before = _trained_before(model, heldout, collator, settings, checkpoint)
         tokens = settings.passes(len(train)) * sum(train.lengths)
         spent = _for_results(trained_before(directory / LOG), model)
         return replace(before, tokens=round(tokens), **spent)
-    world = processes()
     log_file = LogFile(directory / LOG, after_step=step_of(checkpoint), writes=world.is_main)
     watch = Watch(train.lengths, total, on_progress)
     interrupt = Interrupt()
-    sharding = settings.is_sharded(world)
     if sharding and checkpoint is not None:  # now, while the model is whole
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     callbacks = [log_file, watch, interrupt, StopAtNaN(directory)]
@@ -260,17 +259,14 @@ def fit(
         with interrupt.handling():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     spent = _for_results(log_file.spent, model)
-    heldout_loss = None
-    takes_part = world.is_main or sharding
-    if heldout is not None and len(heldout) and not interrupt.asked and takes_part:
-        heldout_loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
+    asked = (world.is_main or sharding) and not interrupt.asked
     return Trained(
         loss=mean_loss(trainer.state.log_history),
         steps=trainer.state.global_step,
         **spent,
         tokens=round((trainer.state.epoch or 0.0) * sum(train.lengths)),
         interrupted=interrupt.asked,
-        heldout_loss=heldout_loss,
+        heldout_loss=_loss_on(heldout, model, collator, settings) if asked else None,
         best_step=trainer.state.best_global_step if selection else None,
         best_value=trainer.state.best_metric if selection else None,
         shortcuts=tuple(step.taken),
@@ -365,11 +361,17 @@ def _trained_before(
         model.load_adapter(str(where), model.active_adapter, is_trainable=True)
     else:
         load_model(model, weights_in(where))
-    loss = None
-    if heldout is not None and len(heldout):
-        loss = heldout_cross_entropy(model, heldout, collator, settings.batch_size)
+    loss = _loss_on(heldout, model, collator, settings)
     steps, value = step_of(checkpoint), state.get("best_metric")
     return Trained(mean_loss(state["log_history"]), steps, 0.0, 0, False, loss, best, value)
+
+
+def _loss_on(
+    heldout: TokenDataset | None, model: Any, collator: Any, settings: TrainSettings
+) -> float | None:
+    if heldout is None or not len(heldout):
+        return None
+    return heldout_cross_entropy(model, heldout, collator, settings.batch_size)
 
 
 def _for_results(spent: Spent, model: nn.Module) -> dict[str, Any]:
