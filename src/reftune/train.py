@@ -237,7 +237,8 @@ def fit(
             "again without --resume (with --overwrite, if the directory holds a run)."
         )
     total = settings.total_steps(len(train))
-    arguments = settings.arguments(directory, seed, len(train), selection and selection.metric)
+    best = selection.metric if selection else None
+    arguments = settings.arguments(directory, seed, len(train), best)
     world = processes()
     sharding = settings.is_sharded(world)
     if checkpoint is not None and step_of(checkpoint) >= total:
@@ -248,14 +249,13 @@ def fit(
         spent = _for_results(trained_before(directory / LOG), model)
         return replace(before, tokens=round(tokens), **spent)
     log_file = LogFile(directory / LOG, after_step=step_of(checkpoint), writes=world.is_main)
-    watch = Watch(train.lengths, total, on_progress)
     interrupt = Interrupt()
     if sharding and checkpoint is not None:  # now, while the model is whole
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+    watch = Watch(train.lengths, total, on_progress)
     callbacks = [log_file, watch, interrupt, StopAtNaN(directory)]
     with shortcuts(model, train, collator, settings, directory, arguments.device) as step:
         trainer = _trainer(step, model, arguments, train, selection, callbacks, sharding)
-        _silence_printing(trainer)
         with interrupt.handling():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     spent = _for_results(log_file.spent, model)
@@ -282,7 +282,7 @@ def _trainer(
     callbacks: list[TrainerCallback],
     sharding: bool,
 ) -> ReftTrainer:
-    return ReftTrainer(
+    trainer = ReftTrainer(
         step,
         sharding=sharding,
         model=model,
@@ -292,6 +292,8 @@ def _trainer(
         compute_metrics=selection.compute if selection else None,
         callbacks=callbacks,
     )
+    _silence_printing(trainer)
+    return trainer
 
 
 @contextmanager
