@@ -350,7 +350,10 @@ class Handler(BaseHTTPRequestHandler):
             "downloads": 0,
             "likes": 0,
             "author": name.split("/")[0],
-            "siblings": [{"rfilename": path} for path in sorted(repository.commits[commit])],
+            "siblings": [
+                {"rfilename": path, "size": len(content)}
+                for path, content in sorted(repository.commits[commit].items())
+            ],
         }
 
     def send(

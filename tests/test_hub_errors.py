@@ -18,6 +18,7 @@ from reftune.data import load_rows
 from reftune.errors import DataError, RunError
 from reftune.hub import commit_of, is_hub_name, split_revision
 from reftune.models import load_model
+from reftune.stored import find_adapter
 from reftune_cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -85,6 +86,15 @@ def test_an_adapter_that_cannot_be_had(
 def test_the_owner_gets_what_is_private_or_gated(hub: FakeHub) -> None:
     for name in ("user/secret", "user/gated"):
         assert CliRunner().invoke(app, ["info", name]).exit_code == 0
+
+
+def test_a_file_that_is_too_large_is_not_downloaded(hub: FakeHub) -> None:
+    hub.add("user/huge", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 2000})
+    before = len(hub.requests)
+    with pytest.raises(RunError, match=r"adapter_model.safetensors.*2,000 bytes.*up to 1,999"):
+        find_adapter("user/huge", largest=1999)
+    assert not any("resolve" in request for request in hub.requests[before:])
+    assert (find_adapter("user/huge", largest=2000) / "adapter_model.safetensors").is_file()
 
 
 def test_a_base_that_cannot_be_had(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

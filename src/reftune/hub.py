@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import (
@@ -60,13 +61,24 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def fetch(name: str, kind: str, files: Sequence[str]) -> Path:
+def fetch(name: str, kind: str, files: Sequence[str], largest: int | None = None) -> Path:
     """Download those files of a repository that match `files`; return their directory.
 
-    Raises RunError: a sentence on what the Hub said.
+    Raises RunError: a sentence on what the Hub said, or a file has more than `largest` bytes, which
+    is looked at before any is downloaded.
     """
     repo, revision = split_revision(name)
     with hub_errors(name, kind):
+        if largest is not None and not constants.HF_HUB_OFFLINE:
+            found = HfApi().model_info(repo, revision=revision, files_metadata=True)
+            revision = found.sha or revision  # what was looked at, and not what comes after
+            for file in found.siblings or ():
+                wanted = any(fnmatch(file.rfilename, pattern) for pattern in files)
+                if wanted and (file.size or 0) > largest:
+                    raise RunError(
+                        f"{file.rfilename} of the {kind} {name!r} has {(file.size or 0):,} bytes; "
+                        f"accepted here are files of up to {largest:,}."
+                    )
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
 
 

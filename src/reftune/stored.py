@@ -25,14 +25,15 @@ def adapter_directory(path: str | Path) -> Path | str:
     return inside if any((inside / name).is_file() for name in _MARKS) else path
 
 
-def find_adapter(path: str | Path) -> Path:
+def find_adapter(path: str | Path, largest: int | None = None) -> Path:
     """Return the directory of an adapter; that of a Hub name is downloaded.
 
-    Raises RunError where the Hub has no such adapter, or does not give it.
+    Raises RunError where the Hub has no such adapter, does not give it, or has it in files of more
+    than `largest` bytes.
     """
     if not is_hub_name(path):
         return Path(adapter_directory(path))
-    found = fetch(str(path), "adapter", _FILES)
+    found = fetch(str(path), "adapter", _FILES, largest)
     if not any((found / name).is_file() for name in _MARKS):
         raise RunError(
             f"{str(path)!r} is on the Hub and is no adapter: it has no adapter_config.json. The "

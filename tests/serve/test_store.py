@@ -228,7 +228,7 @@ def test_names_come_from_adapters_runs_and_folders(adapter: Path, tmp_path: Path
 def test_adapters_are_named_on_the_hub(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the Hub gives and how it refuses is tested against one, in test_hub_errors.py."""
 
-    def find(name: str) -> Path:
+    def find(name: str, largest: int | None) -> Path:
         if name != "user/tea@v1":
             raise RunError(f"The adapter {name!r} is not there.")
         return adapter

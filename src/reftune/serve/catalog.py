@@ -57,14 +57,14 @@ class Catalog:
                     )
                 self.paths[name] = path
 
-    def locate(self, given: str) -> Path:
+    def locate(self, given: str, largest: int | None = None) -> Path:
         """Return the directory of an adapter that is to be loaded while the server runs.
 
-        Raises ReftConfigError where it lies outside the allowed roots; links are followed first,
-        those of the files, too.
+        Raises ReftConfigError where it lies outside the allowed roots (links are followed first,
+        those of the files, too), or the Hub has files of more than `largest` bytes.
         """
         if self.allows_hub and not os.path.isabs(given) and is_hub_name(given):
-            return _from_hub(given)
+            return _from_hub(given, largest)
         if not self.roots:
             raise ReftConfigError(
                 "Adapters cannot be loaded while this server runs: it was started without "
@@ -130,8 +130,8 @@ def _real(path: str | Path) -> Path:
         raise ReftConfigError(f"There is no directory {str(path)!r}.") from error
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, largest: int | None = None) -> Path:
     try:
-        return _real(find_adapter(name))
+        return _real(find_adapter(name, largest))
     except RunError as error:
         raise ReftConfigError(str(error)) from error

@@ -79,8 +79,11 @@ class AdapterModels(OpenAIServingModels):  # type: ignore[misc]
             return wrong
         async with self.lora_resolver_lock[name]:
             try:
-                path = await asyncio.to_thread(self.catalog.locate, request.lora_path)
-                self.frontend.store.forget(path)
+                store = self.frontend.store
+                path = await asyncio.to_thread(
+                    self.catalog.locate, request.lora_path, store.largest
+                )
+                store.forget(path)
                 await self._read(name, str(path))
             except (ReftuneError, OSError) as error:
                 return _error(f"The adapter `{name}` was not loaded: {error}")
