@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# A CPU build of torch is pinned here; on a machine with a GPU: make TORCH=torch CONSTRAINTS= ...
+# The version of torch is pinned here. On Linux PyPI's build brings CUDA: point pip at PyTorch's index
+# of CPU builds where there is no GPU. On a machine with one: make TORCH=torch CONSTRAINTS= ...
 TORCH       ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints-cpu.txt
 PIP    := $(BIN)/pip --disable-pip-version-check

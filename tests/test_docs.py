@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     LlamaForSequenceClassification,
 )
+from typer.testing import CliRunner
 
 from reftune.settings import load_config
 from reftune_cli import app
@@ -69,9 +70,24 @@ def test_commands_have_the_verbs_and_options_they_show(path: Path) -> None:
     group: Any = typer.main.get_command(app)
     for _, verb, *args in commands(path):
         command = group.commands[verb]
-        given = command.make_context(verb, list(args)).params  # raises for an unknown option
+        context = command.make_context(verb, list(args))  # raises for an unknown option
+        given = context.params
+        assert not context.args or context.args[0].startswith("-"), (verb, context.args)
         if verb == "train" and "--resume" not in args:
             load_config(ROOT / given["config"], given["overrides"] or [])
+
+
+def test_the_config_for_own_data_is_one(tmp_path: Path) -> None:
+    found = [text for text in blocks(ROOT / "README.md", "yaml") if "name: mine" in text]
+    (tmp_path / "mine.yaml").write_text(found[0])
+    assert load_config(tmp_path / "mine.yaml").data.train == "my.jsonl"
+
+
+def test_an_option_of_the_server_that_is_given_two_values_is_named() -> None:
+    args = ["serve", "smollm2-135m", "--adapters", "a", "b", "--port", "8000"]
+    result = CliRunner().invoke(app, args, env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert "'b' follows an option that takes one value" in " ".join(result.output.split())
 
 
 def test_the_make_targets_that_documents_name_exist() -> None:

@@ -88,7 +88,9 @@ def experiment(
         typer.Argument(help="keys to change in every cell: data.limit=64 name=second"),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="seeds of each cell: 42,43,44")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="folder of task data")] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="folder of task data, or hub; default: as in the YAML")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="cells at a time", min=1)] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the cells")] = False,
 ) -> None:
@@ -128,7 +130,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="task names with commas between: boolq,ARC-Easy")
     ] = None,
-    data_dir: Annotated[str, typer.Option(help="folder of task data")] = ".",
+    data_dir: Annotated[str, typer.Option(help="folder of task data, or hub")] = ".",
     limit: Annotated[int | None, typer.Option(help="first so many examples", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="prompts per batch", min=1)] = 16,
     base: Annotated[bool, typer.Option(help="also evaluate the base model")] = True,

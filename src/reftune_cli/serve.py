@@ -21,13 +21,22 @@ def serve(
     ],
     adapters: Annotated[
         list[str] | None,
-        typer.Option(help="[NAME=]DIRECTORY: an adapter, a run, a folder of them; or a Hub name"),
+        typer.Option(
+            help="[NAME=]DIRECTORY: an adapter, a run, a folder of them; or a Hub name. Repeat it "
+            "for several"
+        ),
     ] = None,
     adapter_roots: Annotated[
         list[str] | None,
-        typer.Option(help="folders from which adapters may be loaded at run time; or: hub"),
+        typer.Option(
+            help="a folder from which adapters may be loaded at run time; or: hub. Repeat it for "
+            "several"
+        ),
     ] = None,
-    pin: Annotated[list[str] | None, typer.Option(help="adapters that are never evicted")] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="an adapter that is never evicted; repeat it for several"),
+    ] = None,
     adapter_memory: Annotated[
         float, typer.Option(help="MiB of adapters on each device", min=0)
     ] = 256.0,
@@ -36,6 +45,7 @@ def serve(
     ] = 1024.0,
 ) -> None:
     """Serve a model and its adapters with vLLM; its own flags may follow (--port, --api-key)."""
+    from reftune.errors import ReftConfigError
     from reftune_cli import reported_errors
 
     with reported_errors():
@@ -44,6 +54,11 @@ def serve(
         from reftune.serve.launch import what_to_serve
         from reftune.serve.settings import ServeSettings
 
+        if context.args and not context.args[0].startswith("-"):
+            raise ReftConfigError(
+                f"{context.args[0]!r} follows an option that takes one value. Repeat the option: "
+                "--adapters A --adapters B."
+            )
         catalog = CatalogSettings(
             tuple(adapters or ()), tuple(adapter_roots or ()), tuple(pin or ())
         )
