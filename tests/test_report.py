@@ -382,6 +382,30 @@ def test_what_costs_nothing_is_in_the_picture(monkeypatch: pytest.MonkeyPatch) -
     assert [figure.axes[0].get_xscale() for figure in drawn] == ["symlog", "log"]
 
 
+def test_labels_are_as_short_as_tells_the_arms_apart() -> None:
+    arms = ["lora-r4-alpha8", "lora-r8-alpha16"]
+    assert figures.shortest_labels(arms, "lora") == ["r4", "r8"]
+    assert figures.shortest_labels(["x-r4-lr1", "x-r4-lr2"], "x") == ["r4-lr1", "r4-lr2"]
+    assert figures.shortest_labels(["base", "base-r2"], "base") == ["", "r2"]
+    assert figures.shortest_labels([], "x") == []
+
+
+@pytest.mark.parametrize(("base", "is_line"), [(13.3, False), (80.0, True)])
+def test_a_base_that_is_far_off_does_not_squeeze_the_picture(
+    monkeypatch: pytest.MonkeyPatch, base: float, is_line: bool
+) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: (drawn.append(figure), b"")[1])
+    scores = {"a": 84.0, "b": 87.0}
+    points = {n: Point(1.0 + s, OverSeeds(s, None, 1), n) for n, s in scores.items()}
+    figures.against_cost(points, "seconds", ("base model", base), "score")
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    assert bool(low < base < high) == is_line
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert ("base model" if is_line else "base model: 13.3") in labels
+
+
 def test_the_verb_writes_report_and_export(experiment: Path, tmp_path: Path) -> None:
     target = tmp_path / "entries"
     result = CliRunner().invoke(

@@ -14,6 +14,13 @@ from reftune.samples import OverSeeds
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7F00")
 _MARKERS = "osD^vPX*"
+# Where the labels of a group stand: offset in points, and alignment.
+_SIDES = (
+    (0, 8, "center", "bottom"),
+    (0, -8, "center", "top"),
+    (9, 0, "left", "center"),
+    (-9, 0, "right", "center"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,8 @@ def against_cost(
 ) -> bytes:
     """Draw scores (mean, deviation over seeds) against a cost; the Pareto front is a line.
 
-    `base` is the name and score of what costs nothing: a horizontal line.
+    `base` is the name and score of what costs nothing: a horizontal line, or where it is so far off
+    that the others would be squeezed, a note in the legend.
     """
     figure, axes = _figure(7.5, 4.6)
     groups = list(dict.fromkeys(point.group for point in points.values()))
@@ -82,7 +90,7 @@ def against_cost(
             label=group,
         )
     if base is not None:
-        axes.axhline(base[1], color="#666666", lw=1, ls=":", zorder=0, label=base[0])
+        _draw_base(axes, *base, [p.score.mean for p in points.values()])
     costs = [p.cost for p in points.values() if p.cost > 0]
     if costs and max(costs) > 20 * min(costs):
         if any(p.cost == 0 for p in points.values()):  # which a log axis cannot show
@@ -96,21 +104,45 @@ def against_cost(
     return _png(figure)
 
 
+def _draw_base(axes: Any, name: str, value: float, scores: Sequence[float]) -> None:
+    style: dict[str, Any] = {"color": "#666666", "lw": 1, "ls": ":", "zorder": 0}
+    spread = max(scores) - min(scores)
+    if min(scores) - 2 * spread <= value <= max(scores) + 2 * spread:
+        axes.axhline(value, label=name, **style)
+    else:
+        axes.plot([], [], label=f"{name}: {value:.1f}", **style)
+
+
 def _name_points(axes: Any, points: Mapping[str, Point]) -> None:
-    """Name points, right of them, whose group does not say which they are."""
-    ordered = sorted(points.items(), key=lambda item: item[1].cost)
-    for number, (name, point) in enumerate(ordered):
-        label = name.removeprefix(point.group).lstrip("-")
-        if label and name != point.group:
+    """Name points whose group does not say which they are, each group's on a side of its own."""
+    groups = list(dict.fromkeys(point.group for point in points.values()))
+    for number, group in enumerate(groups):
+        x, y, across, along = _SIDES[number % len(_SIDES)]
+        names = [name for name, point in points.items() if point.group == group]
+        for name, label in zip(names, shortest_labels(names, group), strict=True):
             axes.annotate(
                 label,
-                (point.cost, point.score.mean),
-                xytext=(8, 6 if number % 2 == 0 else -12),
+                (points[name].cost, points[name].score.mean),
+                xytext=(x, y),
                 textcoords="offset points",
                 fontsize=8,
-                ha="left",
-                color="#333333",
+                ha=across,
+                va=along,
+                color=_COLOURS[number % len(_COLOURS)],
             )
+
+
+def shortest_labels(names: Sequence[str], group: str) -> list[str]:
+    """Return what tells a group's arms apart: of "lora-r4-alpha8" and "lora-r8-alpha16" r4, r8.
+
+    The first parts of their names that do so; "" for an arm that has the group's own name.
+    """
+    parts = [[p for p in name.removeprefix(group).split("-") if p] for name in names]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        labels = ["-".join(own[:count]) for own in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return ["-".join(own) for own in parts]
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
