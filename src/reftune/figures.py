@@ -81,7 +81,7 @@ def against_cost(
             [p.cost for p in mine],
             [p.score.mean for p in mine],
             yerr=[p.score.sd or 0.0 for p in mine],
-            fmt=_MARKERS[number % len(_MARKERS)],
+            fmt=_MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)],
             color=_COLOURS[number % len(_COLOURS)],
             ms=7,
             capsize=3,
