@@ -5,7 +5,7 @@ The oracle shares no code with reftune: it counts columns itself and edits at th
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -343,8 +343,30 @@ def test_a_generate_that_continues_a_cache_has_all_of_its_input_as_the_prompt(ll
     assert torch.equal(first.sequences, same.sequences)
     with plain_hooks(tiny_llama(), llama, [[0, 1, n - 2, n - 1]]) as base:
         expected = base.generate(ids, **GREEDY, past_key_values=same.past_key_values)
-    got = llama.generate(ids, **GREEDY, past_key_values=first.past_key_values)
+    with pytest.warns(UserWarning, match="goes on with a cache.*another than without the cache"):
+        got = llama.generate(ids, **GREEDY, past_key_values=first.past_key_values)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("positions", ["f2", "f2+l2", "l1", "all"])
+def test_the_tokens_after_a_filled_cache_may_be_given_alone(positions):
+    """As transformers allows: the ids after the cache, and the mask of all tokens."""
+    model = attach(tiny_llama(), positions=positions)
+    ids = prompt(14)
+
+    def filled():
+        with options(prompt_lengths=torch.tensor([9])), torch.no_grad():
+            return model(input_ids=ids[:, :9], use_cache=True).past_key_values
+
+    def warning():
+        return nullcontext() if positions == "f2" else pytest.warns(UserWarning, match="cache")
+
+    mask = {"attention_mask": torch.ones_like(ids)}
+    with warning():
+        whole = model.generate(ids, **GREEDY, **mask, past_key_values=filled())
+    with warning():
+        alone = model.generate(ids[:, 9:], **GREEDY, **mask, past_key_values=filled())
+    assert torch.equal(alone[:, -STEPS:], whole[:, -STEPS:])
 
 
 @pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 3}])

@@ -1,5 +1,6 @@
 """PEFT's life cycle: attach, save, load, switch, mix, delete, unload; by PEFT and transformers."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
-from reftune import METHODS, MergeError, ReftConfig, options, reft_layers
+from reftune import METHODS, MergeError, ReftConfig, ReftConfigError, options, reft_layers
 from tiny import tiny_llama
 
 # PEFT 0.21 asks a model for a property that transformers 5.23 deprecates.
@@ -213,11 +214,63 @@ def test_names_of_adapters_are_checked():
         model(IDS, adapter_names=["defualt", "__base__"])
     with pytest.raises(ValueError, match="3 names for a batch of 2"):
         model(IDS, adapter_names=["default"] * 3)
+    for names, rows in ((["default"], 2), ([], 2), (["default", "__base__"], 4)):
+        ids = IDS.repeat(rows // 2, 1)
+        for call in (model, model.generate):  # two names are not two examples' each
+            with pytest.raises(ValueError, match=f"{len(names)} names for a batch of {rows}"):
+                call(input_ids=ids, adapter_names=names)
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         model(IDS, adapter_names=["default"] * 2)
     model.eval()
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("positions", ["f1+l2", "all"])
+def test_a_model_that_was_cast_mixes_adapters(dtype, positions):
+    model = attach(positions=positions).to(dtype)
+    mixed = logits(model, adapter_names=["default", "__base__"])
+    assert mixed.dtype == dtype
+    torch.testing.assert_close(mixed[0], logits(model)[0], rtol=1e-2, atol=0.1)
+    with model.disable_adapter():
+        torch.testing.assert_close(mixed[1], logits(model)[1], rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "names", [("0", "1"), ("default", "bias"), ("R", "W"), ("model", "layers")]
+)
+def test_several_adapters_are_not_named_like_parts_of_keys(names, tmp_path):
+    """PEFT would leave tensors of the others out of what it saves."""
+    model = get_peft_model(tiny_llama(), config(), names[0]).eval()
+    randomise(model)
+    with pytest.raises(ReftConfigError, match="With several ReFTs none can be named"):
+        model.add_adapter(names[1], config())
+    model.save_pretrained(tmp_path)  # one alone is whole
+    folder = tmp_path if names[0] == "default" else tmp_path / names[0]
+    again = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_an_adapter_left_on_the_base_by_an_earlier_call_is_named():
+    base = tiny_llama()
+    get_peft_model(base, config(layers=[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT's own, which says less
+        with pytest.raises(ReftConfigError, match=r"already, on other layers.*unload\(\)"):
+            get_peft_model(base, config(layers=[1]))
+
+
+def test_saved_modules_follow_names_in_beam_search():
+    model = attach(modules_to_save=["lm_head"])
+    model.add_adapter("b", config(modules_to_save=["lm_head"]))
+    model.eval()
+    beams = {**GREEDY, "num_beams": 3}
+    mixed = model.generate(input_ids=IDS, adapter_names=["default", "b"], **beams)
+    for row, name in enumerate(("default", "b")):
+        model.set_adapter(name)
+        alone = model.generate(input_ids=IDS[row : row + 1], **beams)
+        assert torch.equal(mixed[row, : alone.shape[1]], alone[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

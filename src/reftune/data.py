@@ -27,6 +27,8 @@ from reftune.tokens import TokenRow as TokenRow
 
 _PARQUET_ROWS = 1000  # that are in memory at once
 _COLUMNS = ("prompt", "completion", "messages", "instruction", "input", "output", "answer")
+# What chat templates render of a message beside its content, and we do not.
+_UNRENDERED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _SHAPES = (
     "prompt + completion (texts, or lists of messages), messages (the last one the assistant's), "
     "or instruction + output (or answer), with or without input. Other names are mapped, as in "
@@ -275,6 +277,11 @@ def _to_example(row: Row, columns: Mapping[str, str], system: str | None) -> Exa
                 f"{did_you_mean(column, have)}"
             )
         fields[name] = row.fields[column]
+    if fields.get("tools") and not isinstance(fields.get("prompt"), str):
+        raise DataError(
+            f"{row.where}: the row has tools, which would be left out of the prompt. Write them "
+            "into a system message, as the model is to read them, and drop the column."
+        )
     prompt: Prompt
     completion: str
     if "prompt" in fields and "completion" in fields:
@@ -329,6 +336,11 @@ def _messages(value: object, name: str, where: str) -> list[Message]:
             raise DataError(
                 f"{where}: {name} holds {entry!r:.80}; a message is {{'role': ..., 'content': "
                 "...}, both texts."
+            )
+        if lost := [key for key in _UNRENDERED if entry.get(key)]:
+            raise DataError(
+                f"{where}: a message of {name} has {', '.join(lost)}, which would be left out. "
+                "Write all that the model is to read or write into 'content'."
             )
         messages.append(Message(role=role, content=content))
     return messages

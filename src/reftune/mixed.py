@@ -7,7 +7,7 @@ how their slots are counted), not over adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reftune.context import no_autocast
-from reftune.errors import ReftConfigError
+from reftune.errors import ReftConfigError, did_you_mean
 from reftune.interventions import SUBSPACE_MASK, Intervention, apply_dense, apply_grouped
 from reftune.positions import Positions, SlotKey
 from reftune.spans import Span
@@ -56,6 +56,44 @@ def edit_mixed(layer: ReftLayer, h_BSd: Tensor, span: Span, names: Sequence[str]
     return h_BSd
 
 
+def check_adapter_names(known: Set[str], names: Sequence[str], *, training: bool) -> None:
+    """Raise where a batch of mixed adapters is not possible: ValueError, as PEFT's LoRA does."""
+    if training:
+        raise ReftConfigError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval()."
+        )
+    unknown = sorted({name for name in names if name != BASE} - known)
+    if unknown:
+        raise ReftConfigError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+            f"Loaded are {sorted(known)}, and {BASE!r} for none."
+            + did_you_mean(unknown[0], sorted(known))
+        )
+
+
+def check_names_of_call(names: Sequence[str], *inputs: object) -> None:
+    """Raise where the first tensor among a call's inputs has rows without a name."""
+    rows = next((len(t) for t in inputs if isinstance(t, Tensor)), None)
+    if rows is not None:
+        check_number_of_names(names, rows, several=True)
+
+
+def check_number_of_names(names: Sequence[str] | None, rows: int, several: bool = False) -> None:
+    """Raise where there is not a name for each example, or (`several`, for beams) so many each."""
+    if names is None:
+        return
+    if not names or len(names) % max(rows, 1) or (len(names) > rows and not several):
+        raise ReftConfigError(unlike_the_batch(names, rows))
+
+
+def unlike_the_batch(names: Sequence[str], rows: int) -> str:
+    """Return what is said of names that are not one for each example; it begins as PEFT's does."""
+    return (
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{len(names)} names for a batch of {rows}."
+    )
+
+
 def _batches(layer: ReftLayer, span: Span, names: Sequence[str], B: int) -> list[_Batch]:
     """Return the adapters that this layer has and that are on, by kind.
 
@@ -71,10 +109,7 @@ def _batches(layer: ReftLayer, span: Span, names: Sequence[str], B: int) -> list
 
 def _group(layer: ReftLayer, on: Sequence[str], names: Sequence[str], B: int) -> list[_Batch]:
     if len(names) == 0 or B % len(names):
-        raise ReftConfigError(  # begins as PEFT's message does
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} names for a batch of {B}."
-        )
+        raise ReftConfigError(unlike_the_batch(names, B))
     per_example = [name for name in names for _ in range(B // len(names))]
     kinds: dict[_Kind, list[str]] = {}
     for name in on:
@@ -107,7 +142,6 @@ class _Batch:
         self, layer: ReftLayer, kind: _Kind, members: list[str], per_example: list[str]
     ) -> None:
         self.members, self.per_example = members, per_example
-        self.dtype: torch.dtype = getattr(torch, kind.dtype)
         self.configs = {name: layer.configs[name] for name in members}
         self.keys = {name: layer.keys[name] for name in members}
         every = [key.positions for key in self.keys.values()]
@@ -131,17 +165,18 @@ class _Batch:
         phi = layer.phi(first)
         with no_autocast(device):
             tensors = self.stack(layer, span, device)
+            dtype = next(iter(tensors.values())).dtype  # the model may have been cast
             strength = self.strength(layer, span, member_B)
             split, per_slot = key.positions.prefix, self.level == "none"
             if span.is_dense(key, S):
-                x = h_BSd.to(self.dtype)
+                x = h_BSd.to(dtype)
                 groups = next(iter(tensors.values())).shape[1]
                 masks = key.group_masks(slot, groups, per_slot=per_slot)
                 edit = apply_dense(phi, x, tensors, masks, per_example=True)
                 edit = layer.finish(first, x, edit, slot < key.num_slots, strength)
                 return h_BSd + edit.to(h_BSd.dtype)
             rows = span.rows(key, B, S, device)
-            x = rows.gather(h_BSd).to(self.dtype)
+            x = rows.gather(h_BSd).to(dtype)
             edit = apply_grouped(
                 phi, x, tensors, rows.valid, split=split, per_slot=per_slot, per_example=True
             )

@@ -8,13 +8,13 @@ language model is wrapped to say where its prompt ends: only there is that known
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -26,13 +26,14 @@ from transformers import GenerationMixin
 from reftune.checkpoint import check_before_injection, check_state_dict
 from reftune.composition import CombinationType, combine
 from reftune.config import ReftConfig
-from reftune.context import options
-from reftune.errors import MergeError, PositionError, ReftConfigError, did_you_mean
+from reftune.context import CURRENT_OPTIONS, options
+from reftune.errors import MergeError, PositionError, ReftConfigError
 from reftune.heads import WITH_HEAD, add_heads
-from reftune.interventions import Intervention, retract
+from reftune.interventions import PARAMETERS, Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
 from reftune.layers import decoder_of, find_targets, residual_streams
-from reftune.mixed import BASE
+from reftune.masks import past_length
+from reftune.mixed import check_adapter_names, check_names_of_call, check_number_of_names
 from reftune.recompute import carry_spans, drop_carriers, plain_name
 from reftune.spans import (
     PAGED,
@@ -48,6 +49,7 @@ from reftune.trainers import PromptWatch, active_keys, watch_trainers
 _CHILD = "reft"
 _ROOT = "_reft_root"
 _ENTRY = "_reft_entry"
+_INPUTS = ("inputs", "input_ids", "inputs_embeds")  # of `generate`
 
 
 @dataclass(eq=False)
@@ -92,10 +94,30 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        _check_name(adapter_name, self.peft_config)
+        self._check_name(adapter_name)
         # The config says which layers; PEFT would look for modules named after the tensors.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _hook_entries(model, self.peft_config[adapter_name])
+
+    def _check_name(self, adapter_name: str) -> None:
+        """Raise where PEFT could not save one ReFT of several, or an earlier one is in the way."""
+        layers = _root_of(self.model).layers
+        targets = find_targets(self.model, self.peft_config[adapter_name])
+        left = [n for n, layer in layers.items() if adapter_name in layer.configs]
+        if not set(left) <= set(targets):
+            raise ReftConfigError(
+                f"The model has an adapter {adapter_name!r} already, on other layers: {left[:3]}. "
+                "Take it out by unload() of the PeftModel that put it there, or load the base anew."
+            )
+        # It tells adapters by parts of keys.
+        parts = {part for name in (*layers, *targets) for part in name.split(".")}
+        parts |= {_CHILD, f"{_CHILD}_phi", "base_model", "model", *PARAMETERS}
+        names = {n for n, c in self.peft_config.items() if isinstance(c, ReftConfig)}
+        if len(names) > 1 and (taken := sorted(names & parts)):
+            raise ReftConfigError(
+                f"With several ReFTs none can be named {taken[0]!r}: PEFT would take the others "
+                "for it when they are saved. Give it another name."
+            )
 
     def _create_and_replace(
         self,
@@ -128,7 +150,9 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         if names is None:
             yield
             return
-        check_adapter_names(self.model, names, training=self.training)
+        known = {name for layer in _root_of(self.model).layers.values() for name in layer.configs}
+        check_adapter_names(known, names, training=self.training)
+        check_names_of_call(names, *args[:1], *(kwargs.get(name) for name in _INPUTS))
         handles = [
             module.register_forward_pre_hook(
                 functools.partial(_pass_adapter_names, names=list(names)), with_kwargs=True
@@ -226,32 +250,6 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         return remapped
 
 
-def _check_name(adapter_name: str, configs: Mapping[str, PeftConfig]) -> None:
-    """Raise where PEFT could not save one ReFT of several: it tells them by parts of keys."""
-    names = {n for n, c in configs.items() if isinstance(c, ReftConfig)} | {adapter_name}
-    if len(names) > 1 and (taken := names & {_CHILD, f"{_CHILD}_phi"}):
-        raise ReftConfigError(
-            f"With several ReFTs none can be named {taken.pop()!r}: PEFT would take the others for "
-            "it when they are saved. Give it another name."
-        )
-
-
-def check_adapter_names(model: nn.Module, names: Sequence[str], *, training: bool) -> None:
-    """Raise where a batch of mixed adapters is not possible: ValueError, as PEFT's LoRA does."""
-    if training:
-        raise ReftConfigError(
-            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval()."
-        )
-    known = {name for layer in _root_of(model).layers.values() for name in layer.configs}
-    unknown = sorted({name for name in names if name != BASE} - known)
-    if unknown:
-        raise ReftConfigError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-            f"Loaded are {sorted(known)}, and {BASE!r} for none."
-            + did_you_mean(unknown[0], sorted(known))
-        )
-
-
 def detach(model: nn.Module) -> None:
     """Take every ReFT adapter, hook and wrapper out of a model."""
     root = _root_of(model)
@@ -328,6 +326,8 @@ def _open(
     if span.shape is not None and not entry.model.edits_generated:
         span.idle = span.is_past_prompt(span.shape[1])
     if not span.idle and not torch.compiler.is_compiling():
+        if span.generation is None and span.shape is not None:
+            check_number_of_names(span.options.adapter_names, span.shape[0])
         _retract_active(entry.model, span)
         trained = module.training and torch.is_grad_enabled()
         keys = active_keys(list(entry.model.layers.values()))
@@ -363,14 +363,33 @@ def _generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any
     mask = kwargs.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     columns = 1 if prompt is None else prompt.shape[1]  # 1: generate starts from a BOS
+    past = int(past_length(kwargs, prompt, 0))
+    if mask is not None:
+        columns = max(columns, mask.shape[1])  # the ids may be those after a cache alone
+    if past and not CURRENT_OPTIONS.get().tell_prompt:
+        _warn_of_earlier_edits(_root_of(self))
     with generation(columns, mask):
         return type(self).generate(self, inputs, *args, **kwargs)
+
+
+def _warn_of_earlier_edits(root: Root) -> None:
+    positions = [key.positions for key in active_keys(list(root.layers.values()))]
+    if any(p.suffix or p.everything for p in positions):
+        warnings.warn(
+            "generate goes on with a cache. In it the last tokens of an earlier prompt (positions "
+            "'l...' or 'all') stay edited, as in one longer prompt they are not: the result is "
+            "another than without the cache. Give all tokens without it for that.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
+    rows = len(args[0]) if args and isinstance(args[0], Tensor) else len(names)
+    each = max(rows // len(names), 1)  # of beams and sampled sequences
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(each)]}
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

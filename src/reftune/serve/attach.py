@@ -21,6 +21,25 @@ from reftune.serve.settings import KEY, MiB, ServeSettings
 
 OP = "reftune::edit"
 
+# Layers of vLLM 0.32 that return (hidden, residual) and have added the residual to the hidden
+# states already, so that these are the stream; of all others that return two, it is their sum.
+STREAM_ALONE = frozenset(
+    {
+        "Cohere2MoeDecoderLayer",
+        "CohereCompassDecoderLayer",
+        "CohereDecoderLayer",
+        "Exaone4DecoderLayer",
+        "GraniteMoeHybridAttentionDecoderLayer",
+        "GraniteMoeHybridMambaDecoderLayer",
+        "HyperCLOVAXDecoderLayer",
+        "Molmo2DecoderNormAfterLayer",
+        "MolmoDecoderNormAfterLayer",
+        "MuseGlimmerDecoderLayer",
+        "PhiMoEDecoderLayer",
+        "StablelmDecoderLayer",
+    }
+)
+
 
 @dataclass(eq=False)
 class Counts:
@@ -93,6 +112,7 @@ def attach(model: nn.Module, vllm_config: Any, settings: ServeSettings) -> State
     for number, layer in enumerate(layers):
         if type(layer).__name__ == "PPMissingLayer":  # another pipeline stage's
             continue
+        _require_whole_states(layer, model_config.dtype)
         kind = type(layer)
         classes.setdefault(kind, _edited_class(kind))
         object.__setattr__(layer, "reft_layer", number)  # a plain attribute of any module
@@ -146,11 +166,29 @@ def _require_whole_steps(vllm_config: Any) -> None:
         )
 
 
+def _require_whole_states(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Raise where what a layer returns is not the hidden states of a step as they are trained."""
+    name = type(layer).__name__
+    if getattr(layer, "use_sequence_parallel_moe", False):
+        raise ReftConfigError(
+            f"vLLM's {name} splits the tokens of a step among devices (expert parallelism with "
+            "tensor and data parallelism), of which a ReFT edits some. Turn one of them off."
+        )
+    if dtype == torch.float16 and getattr(layer, "routed_scaling_factor", 1.0) != 1.0:
+        raise ReftConfigError(
+            f"vLLM's {name} scales its hidden states in float16, which a ReFT is not trained for. "
+            "Serve the model in bfloat16 (--dtype bfloat16)."
+        )
+
+
 def _edited_class(kind: type[nn.Module]) -> type[nn.Module]:
+    is_sum = kind.__name__ not in STREAM_ALONE
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = kind.forward(self, *args, **kwargs)
-        if isinstance(output, tuple):  # (hidden, residual): the stream is their sum
-            torch.ops.reftune.edit(output[0], output[1], self.reft_layer)
+        if isinstance(output, tuple):  # (hidden, residual)
+            residual = output[1] if is_sum else None
+            torch.ops.reftune.edit(output[0], residual, self.reft_layer)
         else:
             torch.ops.reftune.edit(output, None, self.reft_layer)
         return output

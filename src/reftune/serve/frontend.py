@@ -67,6 +67,10 @@ class Frontend:
                     f"{', '.join(given) or KEY} is for a ReFT adapter, and this request names none."
                 )
             return None
+        if not hasattr(params, "extra_args"):
+            raise ReftConfigError(
+                "A ReFT adapter is for generation; pooling (embeddings, scores) has none."
+            )
         adapter = self.adapter(lora_request.lora_path)
         before = prompt.get(PROMPT_LENGTH) if isinstance(prompt, dict) else None
         name = lora_request.lora_name.rpartition(":")[2]

@@ -182,9 +182,18 @@ def _load_model(
 ) -> Any:
     model = original(self, vllm_config, model_config, **kwargs)
     settings = ServeSettings.read(vllm_config.additional_config)
-    if settings is not None and model_config is vllm_config.model_config:  # no draft model
+    own = model_config is vllm_config.model_config and not _is_draft(vllm_config, model_config)
+    if settings is not None and own:
         attach(model, vllm_config, settings)
     return model
+
+
+def _is_draft(vllm_config: Any, model_config: Any) -> bool:
+    """Return whether a model proposes tokens for another; without one, they have one config."""
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    target = getattr(speculative, "target_model_config", None)
+    return draft is not None and model_config is draft and draft is not target
 
 
 def _model_forward(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
