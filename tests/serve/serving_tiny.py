@@ -39,6 +39,9 @@ ARCHITECTURES: Mapping[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
     "phi3": {},
+    # vLLM's layers of these return hidden states that have the residual in them already.
+    "stablelm": {},
+    "cohere": {"tie_word_embeddings": True},
 }
 
 

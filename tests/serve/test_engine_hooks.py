@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,9 +17,10 @@ from torch import nn
 
 from reftune.errors import ReftConfigError
 from reftune.serve.adapter import ModelShape
-from reftune.serve.attach import State
+from reftune.serve.attach import STREAM_ALONE, State, _require_whole_states
 from reftune.serve.bank import Bank
 from reftune.serve.edits import Edits
+from reftune.serve.plugin import _is_draft
 from reftune.serve.store import Store
 
 
@@ -98,6 +100,76 @@ def test_what_splits_a_steps_tokens_is_refused(splits: dict[str, Any]) -> None:
     _require_whole_steps(SimpleNamespace(parallel_config=ParallelConfig()))
     with pytest.raises(ReftConfigError, match="splits the tokens"):
         _require_whole_steps(SimpleNamespace(parallel_config=ParallelConfig(**splits)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype", "says"),
+    [
+        ({}, torch.float16, None),
+        ({"use_sequence_parallel_moe": False, "routed_scaling_factor": 2.5}, torch.bfloat16, None),
+        ({"use_sequence_parallel_moe": True}, torch.bfloat16, "splits the tokens"),
+        ({"routed_scaling_factor": 2.5}, torch.float16, "Serve the model in bfloat16"),
+    ],
+)
+def test_layers_that_do_not_return_whole_states_are_refused(
+    layer: dict[str, Any], dtype: torch.dtype, says: str | None
+) -> None:
+    module: Any = nn.Module()
+    for name, value in layer.items():
+        setattr(module, name, value)
+    if says is None:
+        _require_whole_states(module, dtype)
+    else:
+        with pytest.raises(ReftConfigError, match=says):
+            _require_whole_states(module, dtype)
+
+
+def test_the_layers_that_have_added_the_residual_are_known() -> None:
+    """Read from vLLM's sources: they add `residual`, and return (hidden_states, residual)."""
+    import vllm
+
+    found = set()
+    for path in (Path(vllm.__file__).parent / "model_executor" / "models").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef) or "Layer" not in node.name:
+                continue
+            if "mtp" in path.name:  # drafts
+                continue
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "forward":
+                    text = ast.unparse(method)
+                    adds = r"hidden_states = (residual \+|hidden_states \+ residual)"
+                    both = re.search(r"return \(hidden_states, residual\)", text)
+                    if both and re.search(adds, text):
+                        found.add(node.name)
+    assert found == STREAM_ALONE
+
+
+def test_a_request_that_pools_is_refused() -> None:
+    from vllm.lora.request import LoRARequest
+    from vllm.pooling_params import PoolingParams
+
+    from reftune.serve.frontend import Frontend
+
+    frontend: Any = Frontend.__new__(Frontend)
+    frontend._has_lora = False
+    wanted = LoRARequest("tea", 1, "somewhere")
+    assert frontend.edits(None, PoolingParams(task="embed"), {}) is None
+    with pytest.raises(ReftConfigError, match="is for generation"):
+        frontend.edits(wanted, PoolingParams(task="embed"), {})
+
+
+def config_with(draft: Any, target: Any) -> Any:
+    speculative = SimpleNamespace(draft_model_config=draft, target_model_config=target)
+    return SimpleNamespace(speculative_config=speculative)
+
+
+def test_a_draft_model_is_not_edited() -> None:
+    draft, target = object(), object()
+    assert _is_draft(config_with(draft, target), draft)
+    assert not _is_draft(config_with(draft, target), target)
+    assert not _is_draft(config_with(target, target), target)  # n-grams propose, and no model
+    assert not _is_draft(SimpleNamespace(speculative_config=None), target)
 
 
 def test_v2_has_what_we_hang_into() -> None:
