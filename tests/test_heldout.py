@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from architectures import ARCHITECTURES
+from reftune import heldout
 from reftune.heldout import heldout_cross_entropy, labelled_loss
 from speed_tiny import COLLATOR, adapted, dataset
 
@@ -60,6 +61,20 @@ def test_logits_are_computed_of_labelled_rows_alone() -> None:
     calls = rows_of_head(model, lambda: heldout_cross_entropy(model, data, COLLATOR, 2))
     assert len(calls) == 3 + 2
     assert sum(calls) < 3 * labelled
+
+
+def test_a_forward_has_few_labels_whatever_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of 128k words and of 16 long completions would be tens of GB."""
+    model, data = adapted(ARCHITECTURES["llama"].make()), dataset()
+    whole = heldout_cross_entropy(model, data, COLLATOR, len(data))
+    own = [int((torch.as_tensor(data[i]["labels"]) != -100).sum()) for i in range(len(data))]
+    monkeypatch.setattr(heldout, "MOST_LABELS", max(own))
+    found = []
+    calls = rows_of_head(
+        model, lambda: found.append(heldout_cross_entropy(model, data, COLLATOR, len(data)))
+    )
+    assert max(calls[2:]) <= max(own)  # two of the first batch: whether the loss is the model's own
+    assert found == [pytest.approx(whole, rel=1e-5)]
 
 
 class OwnLoss(LlamaForCausalLM):

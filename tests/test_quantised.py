@@ -211,6 +211,7 @@ def test_training_is_the_same_with_and_without_shortcuts(tmp_path: Path) -> None
             "train.offload_base",
         ),
         ({"task_type": "seq_cls"}, "task_type: seq_cls"),
+        ({"train": {"fsdp": True}}, "train.fsdp"),
     ],
 )
 def test_what_does_not_go_with_it_is_said(

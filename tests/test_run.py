@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from reftune import run as run_module
+from reftune import train as train_module
 from reftune.callbacks import Progress, last_checkpoint
 from reftune.errors import DataError, RunError
 from reftune.plots import read_log
@@ -249,6 +250,26 @@ def test_a_run_killed_in_its_evaluation_resumes_without_training(tmp_path: Path)
     assert again["train"]["steps"] == results["train"]["steps"]
     assert again["train"]["loss"] == results["train"]["loss"]
     assert all(torch.equal(t, weights[k]) for k, t in adapter_tensors(config).items())
+
+
+def test_the_adapter_is_saved_before_the_heldout_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may need more memory than there is, after hours of training."""
+
+    def out_of_memory(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = tiny_run(tmp_path, data={"heldout_fraction": 0.25})
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "heldout_cross_entropy", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            execute(config)
+    before = adapter_tensors(config)
+    shutil.rmtree(config.directory / "adapter")
+    results = execute(config, resume=True)
+    assert results["heldout"]["adapter"] > 0
+    assert all(torch.equal(t, before[k]) for k, t in adapter_tensors(config).items())
 
 
 def test_the_mean_loss_of_a_resumed_run_is_that_of_all_its_steps(tmp_path: Path) -> None:

@@ -88,3 +88,9 @@ def test_bad_files_and_overrides_are_told_apart(tmp_path: Path) -> None:
 )
 def test_recipes_are_valid(recipe: Path) -> None:
     assert isinstance(load_config(recipe), RunConfig)
+
+
+def test_a_classifier_is_not_trained_in_float16() -> None:
+    values = {**MINIMAL, "task_type": "seq_cls", "dtype": "float16"}
+    with pytest.raises(ReftConfigError, match="float16 does not go with task_type: seq_cls"):
+        parse_config(values, "x")

@@ -15,8 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from reftune import reft_layers
 from reftune.positions import Positions, SlotKey
+from reftune.speed import plan
 from reftune.speed.frozen import States, Store, _free_below, _free_in_group, first_edited
-from reftune.speed.plan import Shortcuts, SpeedSettings, choose
+from reftune.speed.plan import Shortcuts, SpeedSettings, choose, padding_share
 from reftune.speed.training import Step, taking
 from speed_tiny import (
     COLLATOR,
@@ -317,6 +318,37 @@ def load(layer: nn.Module) -> None:
     layer.mlp.load_state_dict({k: v * 1.5 for k, v in layer.mlp.state_dict().items()})
 
 
+def test_padding_that_is_left_out_is_worth_more_than_compilation(monkeypatch, tmp_path) -> None:
+    model = llama(positions="f2+l2")
+    monkeypatch.setattr(plan, "MINUTES_TO_COMPILE", 0)
+    alike, unlike = torch.full((64,), 40), torch.tensor([10, 70] * 32)
+
+    def compiled(lengths: Tensor, grouped: bool, **settings: Any) -> bool:
+        chosen = choose(
+            described(model),
+            model,
+            SpeedSettings(**settings),
+            lengths=lengths,
+            prompt_lengths=lengths - 2,
+            epochs=1,
+            gradient_checkpointing=False,
+            device=torch.device("cuda"),
+            folder=tmp_path,
+            padding=padding_share(lengths, 8, grouped),
+        )
+        assert chosen.padding != chosen.compile
+        assert chosen.sharing == chosen.padding
+        return chosen.compile
+
+    assert padding_share(unlike, 8, grouped=True) == 0
+    assert padding_share(unlike, 8, grouped=False) > 0.3
+    assert padding_share(alike[:3], 8, grouped=False) == 0
+    assert compiled(alike, grouped=False)
+    assert compiled(unlike, grouped=True)
+    assert not compiled(unlike, grouped=False)
+    assert compiled(unlike, grouped=False, compile=True), "who asks for it gets it"
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_containers_limit_is_the_memory_that_is_free(tmp_path, version) -> None:
     group = tmp_path / ("memory" if version == 1 else "")
@@ -335,12 +367,12 @@ def test_a_containers_limit_is_the_memory_that_is_free(tmp_path, version) -> Non
     assert _free_in_group(tmp_path) == 500
 
 
-def test_an_accelerator_is_not_brought_the_heads_unless_asked(tmp_path) -> None:
+def test_an_accelerator_is_not_brought_what_was_kept_unless_asked(tmp_path) -> None:
     model = llama(positions="l2")
     lengths, prompts = torch.full((4,), 40), torch.full((4,), 38)
 
-    def heads(reuse: Any, device: str) -> bool:
-        return choose(
+    def stored(reuse: Any, device: str) -> bool:
+        chosen = choose(
             described(model),
             model,
             SpeedSettings(reuse=reuse),
@@ -350,11 +382,13 @@ def test_an_accelerator_is_not_brought_the_heads_unless_asked(tmp_path) -> None:
             gradient_checkpointing=False,
             device=torch.device(device),
             folder=tmp_path,
-        ).heads
+        )
+        assert chosen.heads, "what precedes the edits needs no backward, wherever it is computed"
+        return chosen.frozen is not None and chosen.frozen.store is not None
 
-    assert heads("auto", "cpu")
-    assert heads(True, "cuda")
-    assert not heads("auto", "cuda")
+    assert stored("auto", "cpu")
+    assert stored(True, "cuda")
+    assert not stored("auto", "cuda")
 
 
 @pytest.mark.parametrize("change", [add_in_place, replace_parameter, replace_data, load])

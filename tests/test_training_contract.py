@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from reftune import METHODS, ReftConfig, ReftuneError, reft_layers
+from reftune import METHODS, ReftConfig, ReftConfigError, ReftuneError, reft_layers
 from tiny import tiny_llama
 
 pytestmark = [
@@ -187,6 +187,13 @@ def test_a_span_is_carried_where_hooks_are_recomputed(use_reentrant):
     again, got = step(model, data)
     assert torch.equal(again, loss)
     assert_same(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_trainer_that_would_copy_the_model_to_several_gpus_is_an_error(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 2
+    with pytest.raises(ReftConfigError, match=r"DataParallel.*torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        Trainer(attach(), arguments)
 
 
 def wrapped(model: PeftModel, impl: CheckpointImpl) -> PeftModel:

@@ -8,9 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -277,3 +278,12 @@ class Interrupt(TrainerCallback):
         if self.asked and (state.epoch or 0.0) % 1:  # an epoch cut short is none to choose
             control.should_evaluate = False
         return control
+
+
+def mean_loss(log: Sequence[Mapping[str, float]]) -> float:
+    """Return the mean over all steps, also those before a resume, of a Trainer's log history."""
+    rows = [row for row in log if "loss" in row]
+    steps = [0.0, *(row["step"] for row in rows)]
+    weights = [now - before for before, now in pairwise(steps)]
+    total = sum(row["loss"] * weight for row, weight in zip(rows, weights, strict=True))
+    return total / max(sum(weights), 1)

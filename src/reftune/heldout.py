@@ -5,7 +5,7 @@ With a vocabulary of 256k words, the logits of 16 examples of 512 tokens take 8 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-6}
 """How far the loss may be from the model's own; in other dtypes a hundredth."""
 
 
+MOST_LABELS = 2048
+"""Labels in one forward, unless a single example has more: of 128k words, 1 GB of logits."""
+
+
 def heldout_cross_entropy(
     model: Any, data: TokenDataset, collator: Collator, batch_size: int
 ) -> float:
@@ -31,8 +35,7 @@ def heldout_cross_entropy(
     try:
         # FSDP's shards are gathered into tensors that training goes on with
         with torch.no_grad() if is_sharded(model) else torch.inference_mode():
-            for at in range(0, len(order), batch_size):
-                rows = [data[i] for i in order[at : at + batch_size]]
+            for rows in _batches((data[i] for i in order), batch_size):
                 batch = {k: t.to(model.device) for k, t in collator(rows).items()}
                 n = int(_labelled(batch).sum())
                 if n == 0:
@@ -44,6 +47,20 @@ def heldout_cross_entropy(
     finally:
         model.train(was_training)
     return total / max(count, 1)
+
+
+def _batches(rows: Iterable[Any], batch_size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    labels = 0
+    for row in rows:
+        own = int((torch.as_tensor(row["labels"]) != IGNORED_LABEL).sum())
+        if batch and (len(batch) == batch_size or labels + own > MOST_LABELS):
+            yield batch
+            batch, labels = [], 0
+        batch.append(row)
+        labels += own
+    if batch:
+        yield batch
 
 
 def labelled_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -95,7 +95,6 @@ def execute(
     """
     world = _begin(config, resume, overwrite)
     reporter = (reporter if world.is_main else None) or Silent()
-    directory = config.directory
     if config.task_type == "seq_cls":
         return _classify(config, resume, reporter)
     examples, heldout_examples = read_examples(config)
@@ -119,8 +118,6 @@ def execute(
         f"{len(train)} examples, {sum(train.lengths):,} tokens"
     )
     _train(config, loaded, train, heldout, results, resume, reporter)
-    save_adapter(loaded.model, directory / ADAPTER, loaded.base, loaded.revision)
-    reporter.say(f"Saved the adapter to {directory / ADAPTER}")
     if not (world.is_main or config.train.is_sharded(world)):
         return results
     results["tasks"] = _evaluate(config, loaded, base_scores, reporter)
@@ -150,7 +147,9 @@ def _evaluate(
     wanted, samples = config.evaluate, config.directory / "samples"
     if config.train.is_sharded(processes()):
         # All take part in each forward. What one of them alone has already is not left out by all.
-        shutil.rmtree(samples, ignore_errors=True)
+        if processes().is_main:
+            shutil.rmtree(samples, ignore_errors=True)
+        wait_for_all()
     scores = evaluate.run_all(
         tasks_of(config),
         HFEngine(loaded.model, loaded.tokenizer, wanted.batch_size),
@@ -290,9 +289,14 @@ def _train(
     resume: bool,
     reporter: Reporter,
 ) -> None:
-    """Train, and put the losses into the results. Raises RunError where Ctrl-C ended it."""
+    """Train, save, and put losses into the results. Raises RunError where Ctrl-C ended it."""
     directory = config.directory
     collator = Collator(loaded.tokenizer.pad_token_id)
+
+    def save() -> None:  # before anything else can fail
+        save_adapter(loaded.model, directory / ADAPTER, loaded.base, loaded.revision)
+        reporter.say(f"Saved the adapter to {directory / ADAPTER}")
+
     trained = fit(
         loaded.model,
         train,
@@ -303,6 +307,7 @@ def _train(
         seed=config.seed,
         resume=resume,
         on_progress=reporter.training,
+        on_trained=save,
     )
     results["train"] = _train_results(trained, directory)
     if heldout is not None and trained.heldout_loss is not None:

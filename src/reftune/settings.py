@@ -237,11 +237,20 @@ def parse_config(values: Mapping[str, Any], where: str) -> RunConfig:
                 f"method is {config.method!r}; accepted: {', '.join((*METHODS, *BASELINES))}."
                 + did_you_mean(config.method, [*METHODS, *BASELINES])
             )
+        _check_dtype(config)
         _check_quantization(config)
         config.peft_config()  # its own checks, before any model is loaded
     except (ReftConfigError, PositionError) as error:
         raise ReftConfigError(f"{where}: adapter: {error}") from error
     return config
+
+
+def _check_dtype(config: RunConfig) -> None:
+    if config.task_type == "seq_cls" and config.dtype == "float16":
+        raise ReftConfigError(
+            "dtype: float16 does not go with task_type: seq_cls, whose head is trained in it and "
+            "soon has no numbers. Use float32 or bfloat16."
+        )
 
 
 def _check_quantization(config: RunConfig) -> None:
@@ -251,6 +260,7 @@ def _check_quantization(config: RunConfig) -> None:
         "task_type: seq_cls": config.task_type == "seq_cls",
         f"method: {config.method}, which trains weights": config.method in WEIGHT_METHODS,
         "train.offload_base": config.train.offload_base,
+        "train.fsdp, which does not spread quantised weights": config.train.fsdp,
     }
     for key, is_so in unfit.items():
         if is_so:

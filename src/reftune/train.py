@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from safetensors.torch import load_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from reftune.callbacks import (
     CHECKPOINTS,
@@ -33,6 +32,7 @@ from reftune.callbacks import (
     StopAtNaN,
     Watch,
     last_checkpoint,
+    mean_loss,
     step_of,
     trained_before,
     weights_in,
@@ -43,7 +43,14 @@ from reftune.errors import RunError
 from reftune.heldout import heldout_cross_entropy
 from reftune.methods import weights_of
 from reftune.speed.offload import place, reunite
-from reftune.speed.plan import Shortcuts, SpeedSettings, choose, describe, examples_to_try
+from reftune.speed.plan import (
+    Shortcuts,
+    SpeedSettings,
+    choose,
+    describe,
+    examples_to_try,
+    padding_share,
+)
 from reftune.speed.training import Step, settle, taking
 from reftune.trainer import EpochSampler as EpochSampler
 from reftune.trainer import ReftTrainer
@@ -105,12 +112,19 @@ class TrainSettings(SpeedSettings):
         return self.device != "cpu" and torch.cuda.is_available()
 
     def arguments(
-        self, directory: Path, seed: int, num_examples: int, best: str | None = None
+        self,
+        directory: Path,
+        seed: int,
+        num_examples: int,
+        best: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> TrainingArguments:
         """Return the arguments of transformers' Trainer for a run in `directory`.
 
         With `best`, a metric, the epoch at whose end it is the highest is the result. Of several
-        processes each does its share of a step. Raises RunError where they cannot share it.
+        processes each does its share of a step. `dtype` is the base's: in float16 small gradients
+        are zero unless the loss is scaled, which on a GPU it is. Raises RunError where the
+        processes cannot share a step.
         """
         world = processes()
         batch_size, accumulation = world.share(self.batch_size, self.gradient_accumulation_steps)
@@ -138,10 +152,12 @@ class TrainSettings(SpeedSettings):
             save_total_limit=self.save_total_limit,
             dataloader_num_workers=self.num_workers,
             dataloader_pin_memory=self.on_accelerator,
+            accelerator_config={"non_blocking": self.on_accelerator},
             report_to=list(self.report_to) or "none",
             remove_unused_columns=False,
             disable_tqdm=True,
             use_cpu=self.device == "cpu",
+            fp16=dtype == torch.float16 and self.on_accelerator and not sharding,
             seed=seed,
             eval_strategy="epoch" if best else "no",
             label_names=["labels"],
@@ -223,28 +239,24 @@ def fit(
     seed: int,
     resume: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    on_trained: Callable[[], None] = lambda: None,
     selection: Selection | None = None,
 ) -> Trained:
     """Train the adapters of a `PeftModel` (or any model's trainable parameters) in place.
 
-    Checkpoints go to `directory/checkpoints`, the log to `directory/log.jsonl`. Raises RunError
-    where there is nothing to resume, or the loss is no longer a number.
+    Checkpoints go to `directory/checkpoints`, the log to `directory/log.jsonl`. `on_trained` is
+    called when training has ended, before the held-out loss. Raises RunError where there is nothing
+    to resume, or the loss is no longer a number.
     """
-    checkpoint = last_checkpoint(directory) if resume else None
-    if resume and checkpoint is None:
-        raise RunError(
-            f"There is no whole checkpoint in {directory / CHECKPOINTS} to resume from. Start "
-            "again without --resume (with --overwrite, if the directory holds a run)."
-        )
+    checkpoint = _checkpoint_of(directory) if resume else None
     total = settings.total_steps(len(train))
     best = selection.metric if selection else None
-    arguments = settings.arguments(directory, seed, len(train), best)
+    arguments = settings.arguments(directory, seed, len(train), best, model.dtype)
     world = processes()
     sharding = settings.is_sharded(world)
     if checkpoint is not None and step_of(checkpoint) >= total:
-        if not sharding:
-            place(model, arguments.device)
-        before = _trained_before(model, heldout, collator, settings, checkpoint)
+        reunite(model, arguments.device)
+        before = _trained_before(model, heldout, collator, settings, checkpoint, on_trained)
         tokens = settings.passes(len(train)) * sum(train.lengths)
         spent = _for_results(trained_before(directory / LOG), model)
         return replace(before, tokens=round(tokens), **spent)
@@ -260,6 +272,8 @@ def fit(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     spent = _for_results(log_file.spent, model)
     asked = (world.is_main or sharding) and not interrupt.asked
+    if not interrupt.asked:
+        on_trained()
     return Trained(
         loss=mean_loss(trainer.state.log_history),
         steps=trainer.state.global_step,
@@ -282,7 +296,7 @@ def _trainer(
     callbacks: list[TrainerCallback],
     sharding: bool,
 ) -> ReftTrainer:
-    trainer = ReftTrainer(
+    return ReftTrainer(
         step,
         sharding=sharding,
         model=model,
@@ -292,8 +306,6 @@ def _trainer(
         compute_metrics=selection.compute if selection else None,
         callbacks=callbacks,
     )
-    _silence_printing(trainer)
-    return trainer
 
 
 @contextmanager
@@ -329,6 +341,7 @@ def shortcuts(
             gradient_checkpointing=settings.gradient_checkpointing,
             device=device,
             folder=directory,
+            padding=padding_share(lengths, settings.batch_size, settings.group_by_length),
         )
         place(model, device, seen.layers if chosen.offload is not None else ())
         rows = [train[i] for i in examples_to_try(seen, lengths, prompts)]
@@ -339,13 +352,14 @@ def shortcuts(
         reunite(model, device)
 
 
-def mean_loss(log: Sequence[Mapping[str, float]]) -> float:
-    """Return the mean over all steps, also those before a resume, of a Trainer's log history."""
-    rows = [row for row in log if "loss" in row]
-    steps = [0.0, *(row["step"] for row in rows)]
-    weights = [now - before for before, now in pairwise(steps)]
-    total = sum(row["loss"] * weight for row, weight in zip(rows, weights, strict=True))
-    return total / max(sum(weights), 1)
+def _checkpoint_of(directory: Path) -> Path:
+    found = last_checkpoint(directory)
+    if found is None:
+        raise RunError(
+            f"There is no whole checkpoint in {directory / CHECKPOINTS} to resume from. Start "
+            "again without --resume (with --overwrite, if the directory holds a run)."
+        )
+    return found
 
 
 def _trained_before(
@@ -354,6 +368,7 @@ def _trained_before(
     collator: Collator,
     settings: TrainSettings,
     checkpoint: Path,
+    on_trained: Callable[[], None],
 ) -> Trained:
     """Take the result of a run whose training had ended, and whose evaluation had not."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
@@ -363,6 +378,7 @@ def _trained_before(
         model.load_adapter(str(where), model.active_adapter, is_trainable=True)
     else:
         load_model(model, weights_in(where))
+    on_trained()
     loss = _loss_on(heldout, model, collator, settings)
     steps, value = step_of(checkpoint), state.get("best_metric")
     return Trained(mean_loss(state["log_history"]), steps, 0.0, 0, False, loss, best, value)
@@ -379,10 +395,3 @@ def _loss_on(
 def _for_results(spent: Spent, model: nn.Module) -> dict[str, Any]:
     on_cpu = next(model.parameters()).device.type == "cpu"
     return {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds if on_cpu else None}
-
-
-def _silence_printing(trainer: Trainer) -> None:
-    """Take away the callback that prints each log line as a dictionary: there is a bar."""
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)

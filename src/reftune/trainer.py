@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from reftune.distributed import (
@@ -87,6 +87,7 @@ class ReftTrainer(Trainer):
         if kwargs["args"].world_size > 1:
             kwargs["train_dataset"] = EvenRows(kwargs["train_dataset"])
         super().__init__(data_collator=step.collate, **kwargs)
+        self.remove_callback(PrinterCallback)  # which prints each log line: there is a bar
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reftune.errors import PositionError
+from reftune.errors import PositionError, ReftConfigError
 from reftune.layer import ReftLayer
 from reftune.masks import Entry
 from reftune.positions import SlotKey, before_first_label, segment_ids
@@ -53,6 +53,11 @@ SEVERAL = (
     "A text has several replies with labels (several turns of the assistant). ReFT edits what "
     "comes before the first one; when generating a later reply, it edits the end of all that comes "
     "before that one. To train every reply as it will be generated, make an example of each."
+)
+DATA_PARALLEL = (
+    "This process has several GPUs, and a Trainer would copy the model to each (DataParallel): the "
+    "copies have no parameters that a ReFT could read. Start a process for each GPU (torchrun "
+    "--nproc-per-node N, or accelerate launch), or let it see one: CUDA_VISIBLE_DEVICES=0."
 )
 WRAPPED = (
     "packing_strategy='wrapped' cuts texts anywhere and does not say where they begin, so ReFT "
@@ -181,6 +186,8 @@ def _look_at_arguments() -> type:
             modules = model.modules() if isinstance(model, nn.Module) else ()
             if not any(isinstance(module, ReftLayer) for module in modules):
                 return
+            if getattr(args, "n_gpu", 0) > 1:
+                raise ReftConfigError(DATA_PARALLEL)
             # Names of TRL's arguments; other trainers have none of them.
             packs = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
             if packs and getattr(args, "packing_strategy", "") == "wrapped":

@@ -34,6 +34,8 @@ WORTH = 0.03
 """The share of a step's arithmetic that reuse must save to be on by itself."""
 MINUTES_TO_COMPILE = 10
 """Runs that would take less are not compiled: it takes half a minute, and gains a tenth or two."""
+MUCH_PADDING = 0.15
+"""The share of padding from which not computing it gains more than compilation."""
 ACCELERATOR_RATE = 1e14
 """Operations per second, roughly."""
 GiB = 1 << 30
@@ -218,15 +220,37 @@ def can_reuse(model: Model, adapted: nn.Module) -> bool:
 
 
 def saved_share(
-    model: Model, lengths: Tensor, prompt_lengths: Tensor, heads_apart: bool = True
+    model: Model,
+    lengths: Tensor,
+    prompt_lengths: Tensor,
+    *,
+    keeps: bool,
+    apart: bool,
+    gradient_checkpointing: bool = False,
 ) -> float:
-    """Return which share of a later epoch's arithmetic need not be done again, about."""
+    """Return which share of an epoch's arithmetic need not be done, about.
+
+    With states that are kept (`keeps`) of a later epoch's. Heads that are computed `apart` need no
+    backward even the first time, nor have layers below the edits a checkpoint to recompute.
+    """
     assert model.config is not None
-    starts = first_edited(prompt_lengths, model.config) * int(heads_apart)
-    heads, tokens = float(starts.sum()), float(lengths.sum())
+    starts = first_edited(prompt_lengths, model.config)
+    heads, tokens = float(starts.sum()) if apart else 0.0, float(lengths.sum())
     below, L = min(model.edited) + 1, len(model.layers)
     step = tokens * (L + (L - below))
-    return (heads * (2 * L - below) + (tokens - heads) * below) / step
+    if keeps:
+        return (heads * (2 * L - below) + (tokens - heads) * below) / step
+    recomputed = 2 * tokens * (below - 1) if gradient_checkpointing else 0.0
+    return (heads * (L - below) + recomputed) / step
+
+
+def padding_share(lengths: Tensor, batch_size: int, grouped: bool) -> float:
+    """Return which share of the columns of an epoch's batches is padding, about."""
+    at_random = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
+    order = lengths.sort().values if grouped else lengths[at_random]
+    whole = order[: len(order) // batch_size * batch_size].view(-1, batch_size)
+    columns = int(whole.max(1).values.sum()) * batch_size if len(whole) else 0
+    return 1 - float(whole.sum()) / columns if columns else 0.0
 
 
 def compiles(model: Model, tokens: float, device: torch.device) -> bool:
@@ -250,8 +274,12 @@ def choose(
     gradient_checkpointing: bool,
     device: torch.device,
     folder: Path,
+    padding: float = 0.0,
 ) -> Shortcuts:
-    """Return the shortcuts that a run takes, for examples of such lengths (N,) each."""
+    """Return the shortcuts that a run takes, for examples of such lengths (N,) each.
+
+    `padding` is the share of its batches that is; compiled layers compute it.
+    """
     offload = device if settings.offload_base else None
     if not settings.shortcuts:
         return Shortcuts(offload=offload)
@@ -259,31 +287,35 @@ def choose(
     packed = flash if settings.packing == "auto" else settings.packing
     compile_it = settings.compile
     if compile_it == "auto":
-        compile_it = not gradient_checkpointing and compiles(
-            model, float(lengths.sum()) * epochs, device
+        compile_it = (
+            not gradient_checkpointing
+            and (padding < MUCH_PADDING or packed or not settings.skip_unread)
+            and compiles(model, float(lengths.sum()) * epochs, device)
         )
     frozen, heads = None, False
-    longest = int(lengths.max())
-    stretches = model.causal and _stretches(model, longest)
+    stretches = model.causal and _stretches(model, int(lengths.max()))
     may_reuse = model.causal and not packed and can_reuse(model, adapted)
     pools = model.config is not None and model.config.intervention.pools_tokens
     dropout = model.config is not None and model.config.dropout > 0
     if settings.reuse and may_reuse and not stretches:
-        apart = not gradient_checkpointing and not _slides(model, longest)
-        # To bring an accelerator all keys and values of heads may take longer than to compute them.
-        apart = apart and (epochs <= 1 or device.type == "cpu" or settings.reuse is True)
-        worth = saved_share(model, lengths, prompt_lengths, apart) > WORTH
-        if worth or settings.reuse is True:
-            store = _store(settings, folder) if epochs > 1 else None
-            frozen = Frozen(model.decoder, model.layers, min(model.edited), store)
-            heads = apart
+        frozen, heads = _reused(
+            model,
+            settings,
+            lengths=lengths,
+            prompt_lengths=prompt_lengths,
+            # To bring an accelerator what was kept may take longer than to compute it.
+            keeps=epochs > 1 and (device.type == "cpu" or settings.reuse is True),
+            gradient_checkpointing=gradient_checkpointing,
+            folder=folder,
+        )
     skips = settings.skip_unread and not gradient_checkpointing  # a recomputation would not know
     compile_it = compile_it and not (heads or settings.offload_base)
+    picks_rows = skips and not packed and not compile_it
     return Shortcuts(
         on=True,
         unread=skips and not pools,
-        padding=skips and not packed and not compile_it,
-        sharing=skips and may_reuse and settings.share_beginnings and not (pools or dropout),
+        padding=picks_rows,
+        sharing=picks_rows and may_reuse and settings.share_beginnings and not (pools or dropout),
         frozen=frozen,
         heads=heads,
         packed=packed and model.causal,
@@ -291,6 +323,35 @@ def choose(
         whole=stretches,
         offload=offload,
     )
+
+
+def _reused(
+    model: Model,
+    settings: SpeedSettings,
+    *,
+    lengths: Tensor,
+    prompt_lengths: Tensor,
+    keeps: bool,
+    gradient_checkpointing: bool,
+    folder: Path,
+) -> tuple[Frozen | None, bool]:
+    """Return what runs the layers below the edits, and whether heads are computed apart.
+
+    None where that would save too little.
+    """
+    apart = not gradient_checkpointing and not _slides(model, int(lengths.max()))
+    share = saved_share(
+        model,
+        lengths,
+        prompt_lengths,
+        keeps=keeps,
+        apart=apart,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    if share <= WORTH and settings.reuse is not True:
+        return None, False
+    store = _store(settings, folder) if keeps else None
+    return Frozen(model.decoder, model.layers, min(model.edited), store), apart
 
 
 def _stretches(model: Model, longest: int) -> bool:
