@@ -102,7 +102,7 @@ def run_adapters(
     `adapters` says for each who which loaded adapter acts (None: the base model). Greedy
     completions are those of one evaluation after another, up to the rounding of the model's dtype.
     `samples` names a samples file for each; the other arguments are those of `run`. Rows of all
-    share batches, so the `seconds` of each are an equal share of the whole pass.
+    share batches, so the `seconds` of each are an equal share of the time that it took part in.
 
     Raises:
         RunError: a file belongs to another task, model, adapter or settings, or is damaged.
@@ -115,9 +115,7 @@ def run_adapters(
     }
     with _opened(task, engine, n, parts) as jobs:
         _evaluate(task, engine, n, jobs, progress)
-    found = {job.who: result_of(task.name, task.metric, job.in_order(n)) for job in jobs}
-    share = round(sum(result.seconds for result in found.values()) / max(len(found), 1), 3)
-    return {who: dataclasses.replace(result, seconds=share) for who, result in found.items()}
+    return {job.who: result_of(task.name, task.metric, job.in_order(n)) for job in jobs}
 
 
 def run_all(
@@ -166,6 +164,7 @@ class _Job:
     names: list[str | None] | None
     samples: dict[int, Sample] = field(default_factory=dict)
     file: IO[str] | None = None
+    seconds: float = 0.0  # that its next sample gets
 
     def adapter(self, i: int) -> str | None:
         return None if self.names is None else self.names[i]
@@ -222,8 +221,11 @@ def _evaluate(
         nonlocal last
         i, job = todo[k]
         now = time.perf_counter()
-        job.add(_sample(task, engine, i, examples[i], completion, job.adapter(i), now - last))
-        last = now
+        going_on = [each for each in jobs if len(each.samples) < n]
+        for each in going_on:
+            each.seconds += (now - last) / len(going_on)
+        seconds, job.seconds, last = job.seconds, 0.0, now
+        job.add(_sample(task, engine, i, examples[i], completion, job.adapter(i), seconds))
         if progress is not None:
             progress(sum(len(job.samples) for job in jobs), n * len(jobs))
 

@@ -24,9 +24,6 @@ from reftune.orthonormal import OnStiefel, Tracker, is_orthonormal, retract_all,
 
 Tensors = Mapping[str, Tensor]
 
-PARAMETERS = ("R", "W", "bias", "scale")
-"""Names of the parameters that a method may have."""
-
 SUBSPACE_MASK = "subspace_mask"
 
 

@@ -7,9 +7,9 @@ how their slots are counted), not over adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -71,19 +71,23 @@ def check_adapter_names(known: Set[str], names: Sequence[str], *, training: bool
         )
 
 
-def check_names_of_call(names: Sequence[str], *inputs: object) -> None:
-    """Raise where the first tensor among a call's inputs has rows without a name."""
+def check_names_of_call(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise where the inputs of a call have examples without a name; some come once per beam."""
+    inputs = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
     rows = next((len(t) for t in inputs if isinstance(t, Tensor)), None)
-    if rows is not None:
-        check_number_of_names(names, rows, several=True)
-
-
-def check_number_of_names(names: Sequence[str] | None, rows: int, several: bool = False) -> None:
-    """Raise where there is not a name for each example, or (`several`, for beams) so many each."""
-    if names is None:
-        return
-    if not names or len(names) % max(rows, 1) or (len(names) > rows and not several):
+    if rows is not None and (not names or len(names) % max(rows, 1)):
         raise ReftConfigError(unlike_the_batch(names, rows))
+
+
+def check_names_of_span(span: Span) -> None:
+    """Raise where a forward, not one of `generate`, has not a name for each of its examples."""
+    names, shape = span.options.adapter_names, span.shape
+    if names is None or shape is None or span.generation is not None:
+        return
+    if len(names) != shape[0]:
+        raise ReftConfigError(unlike_the_batch(names, shape[0]))
 
 
 def unlike_the_batch(names: Sequence[str], rows: int) -> str:

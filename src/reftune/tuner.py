@@ -29,11 +29,11 @@ from reftune.config import ReftConfig
 from reftune.context import CURRENT_OPTIONS, options
 from reftune.errors import MergeError, PositionError, ReftConfigError
 from reftune.heads import WITH_HEAD, add_heads
-from reftune.interventions import PARAMETERS, Intervention, retract
+from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
 from reftune.layers import decoder_of, find_targets, residual_streams
 from reftune.masks import past_length
-from reftune.mixed import check_adapter_names, check_names_of_call, check_number_of_names
+from reftune.mixed import check_adapter_names, check_names_of_call, check_names_of_span
 from reftune.recompute import carry_spans, drop_carriers, plain_name
 from reftune.spans import (
     PAGED,
@@ -49,7 +49,6 @@ from reftune.trainers import PromptWatch, active_keys, watch_trainers
 _CHILD = "reft"
 _ROOT = "_reft_root"
 _ENTRY = "_reft_entry"
-_INPUTS = ("inputs", "input_ids", "inputs_embeds")  # of `generate`
 
 
 @dataclass(eq=False)
@@ -101,19 +100,16 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
 
     def _check_name(self, adapter_name: str) -> None:
         """Raise where PEFT could not save one ReFT of several, or an earlier one is in the way."""
-        layers = _root_of(self.model).layers
-        targets = find_targets(self.model, self.peft_config[adapter_name])
+        root = vars(self.model).get(_ROOT)
+        layers = {} if root is None else root.layers
         left = [n for n, layer in layers.items() if adapter_name in layer.configs]
-        if not set(left) <= set(targets):
+        if not set(left) <= set(find_targets(self.model, self.peft_config[adapter_name])):
             raise ReftConfigError(
-                f"The model has an adapter {adapter_name!r} already, on other layers: {left[:3]}. "
-                "Take it out by unload() of the PeftModel that put it there, or load the base anew."
+                f"The model has an adapter {adapter_name!r} already, on other layers ({left[:3]}): "
+                "unload() the PeftModel that put it there, or load the base anew."
             )
-        # It tells adapters by parts of keys.
-        parts = {part for name in (*layers, *targets) for part in name.split(".")}
-        parts |= {_CHILD, f"{_CHILD}_phi", "base_model", "model", *PARAMETERS}
         names = {n for n, c in self.peft_config.items() if isinstance(c, ReftConfig)}
-        if len(names) > 1 and (taken := sorted(names & parts)):
+        if len(names) > 1 and (taken := sorted(names & {_CHILD, f"{_CHILD}_phi"})):
             raise ReftConfigError(
                 f"With several ReFTs none can be named {taken[0]!r}: PEFT would take the others "
                 "for it when they are saved. Give it another name."
@@ -152,7 +148,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
             return
         known = {name for layer in _root_of(self.model).layers.values() for name in layer.configs}
         check_adapter_names(known, names, training=self.training)
-        check_names_of_call(names, *args[:1], *(kwargs.get(name) for name in _INPUTS))
+        check_names_of_call(names, args, kwargs)
         handles = [
             module.register_forward_pre_hook(
                 functools.partial(_pass_adapter_names, names=list(names)), with_kwargs=True
@@ -221,12 +217,17 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, *, state_dict: dict[str, Tensor], **kwargs: Any
+        cls, model: nn.Module, *, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        # PEFT goes by names of modules; a state dict has them without those of torch's wrappers.
-        named = ((name, m) for name, m in model.named_modules() if isinstance(m, ReftLayer))
-        own = tuple(f"{plain_name(name)}." for name, _ in named)
-        return {k: t for k, t in state_dict.items() if plain_name(k).startswith(own)}
+        own = {  # a state dict has names without those of torch's wrappers
+            plain_name(f"{name}.reft_phi.{adapter_name}.{key}"): parameter
+            for name, m in model.named_modules()
+            if isinstance(m, ReftLayer) and adapter_name in m.reft_phi
+            for key, parameter in m.reft_phi[adapter_name].named_parameters()
+        }
+        found = {k: t for k, t in state_dict.items() if plain_name(k) in own}
+        lost = own.keys() - set(map(plain_name, found))  # to adapters named "0", "bias", "layers"
+        return found | {k: own[k].detach() for k in lost if state_dict and own[k].numel()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -326,8 +327,7 @@ def _open(
     if span.shape is not None and not entry.model.edits_generated:
         span.idle = span.is_past_prompt(span.shape[1])
     if not span.idle and not torch.compiler.is_compiling():
-        if span.generation is None and span.shape is not None:
-            check_number_of_names(span.options.adapter_names, span.shape[0])
+        check_names_of_span(span)
         _retract_active(entry.model, span)
         trained = module.training and torch.is_grad_enabled()
         keys = active_keys(list(entry.model.layers.values()))
