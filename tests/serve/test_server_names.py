@@ -26,7 +26,7 @@ class SlowFrontend:
     def __init__(self, content: dict[str, str]) -> None:
         self.content = content
         self.reading, self.go_on = threading.Event(), threading.Event()
-        self.store = SimpleNamespace(forget=lambda path: None)
+        self.store = SimpleNamespace(forget=lambda path: None, largest=1000)
 
     def adapter(self, path: str) -> Any:
         found = self.content[path]
@@ -41,7 +41,9 @@ def table(models_class: Any, frontend: Any, paths: dict[str, Path]) -> Any:
     models.registry = SimpleNamespace(is_base_model=lambda name: name == "tiny")
     models.lora_requests, models.lora_resolver_lock = {}, defaultdict(asyncio.Lock)
     models.lora_id_counter = SimpleNamespace(inc=lambda by: by)
-    models.catalog = SimpleNamespace(paths=paths, pinned=set(), locate=Path)
+    models.catalog = SimpleNamespace(
+        paths=paths, pinned=set(), locate=lambda path, largest: Path(path)
+    )
     models.frontend = frontend
     models.metrics = SimpleNamespace(loaded=lambda name, seconds: None)
     return models
@@ -66,6 +68,31 @@ def test_a_name_that_is_being_read_is_not_left_behind_by_a_replacement(models_cl
     asyncio.run(both())
     assert {r.lora_path for r in models.lora_requests.values()} == {"/versions/new"}
     assert set(models.lora_requests) == {"a", "tiny:a"}
+
+
+def test_a_download_does_not_stop_the_server(models_class: Any) -> None:
+    frontend = SlowFrontend({"/a": "new"})
+    frontend.go_on.set()
+    models = table(models_class, frontend, {})
+    asked, arrived = [], threading.Event()
+
+    def download(path: str, largest: int) -> Path:
+        asked.append(largest)
+        assert arrived.wait(30)
+        return Path(path)
+
+    models.catalog.locate = download
+
+    async def meanwhile() -> None:
+        request = SimpleNamespace(lora_name="a", lora_path="/a", load_inplace=False)
+        loading = asyncio.create_task(models.load_lora_adapter(request))
+        while not asked:
+            await asyncio.sleep(0.01)  # others are served
+        arrived.set()
+        assert "added" in await loading
+
+    asyncio.run(asyncio.wait_for(meanwhile(), 60))
+    assert asked == [1000]
 
 
 def test_unknown_names_leave_nothing(models_class: Any) -> None:
