@@ -52,7 +52,7 @@ class SpeedSettings(BaseModel):
         True, description="compute what examples of a batch begin with alike once, where it pays"
     )
     reuse: bool | Literal["auto"] = Field(
-        "auto", description="keep what the adapter cannot change; auto: where it saves enough"
+        "auto", description="keep what the adapter cannot change; auto: on CPUs, where it pays"
     )
     reuse_memory_gb: float | None = Field(
         None, ge=0, description="memory for what is kept; default: a quarter of what is free"
