@@ -128,6 +128,10 @@ def test_a_reply_is_printed_as_it_is(finished: Path, monkeypatch: pytest.MonkeyP
 def test_a_name_before_one_adapter_is_a_name(finished: Path, tmp_path: Path) -> None:
     code, output = invoke("evaluate", f"mine={finished}", "--tasks", "demo", "--limit", "1")
     assert code == 0, output
+    shutil.copytree(finished, tmp_path / "lr=0.01")  # and a directory's own "=" is not one's end
+    args = ("evaluate", str(tmp_path / "lr=0.01"), "--tasks", "demo", "--limit", "1")
+    code, output = invoke(*args)
+    assert code == 0, output
 
 
 @pytest.mark.parametrize(

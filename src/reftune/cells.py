@@ -170,9 +170,9 @@ def run_cell(
     outcome = Outcome(cell.name, cell.variant, cell.point, cell.seed, "done")
     try:
         # What was begun with other settings begins anew.
+        rows = {f"evaluate.{key}" for key in choosing_data(cell.config)}
         changed = changed_keys(cell.config)
-        same = all(key.startswith("evaluate.") for key in changed)
-        same = same and not {f"evaluate.{key}" for key in choosing_data(cell.config)} & {*changed}
+        same = all(key.startswith("evaluate.") and key not in rows for key in changed)
         resume = same and last_checkpoint(directory) is not None
         execute(
             cell.config,

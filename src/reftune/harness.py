@@ -282,7 +282,7 @@ def run_tasks(
                 # lm-eval's key is the request alone: another model needs another file.
                 cache.mkdir(parents=True, exist_ok=True)
                 key = hashlib.sha256(fingerprint(lm.model).encode()).hexdigest()[:16]
-                path = str(cache / f"{who}-{key}-{lm.strength:g}")
+                path = str(cache / f"{who}-{key}")
             found = simple_evaluate(
                 model=lm,
                 tasks=list(tasks),

@@ -73,10 +73,10 @@ def fetch(name: str, kind: str, files: Sequence[str], largest: int | None = None
             found = HfApi().model_info(repo, revision=revision, files_metadata=True)
             revision = found.sha or revision  # what was looked at, and not what comes after
             for file in found.siblings or ():
-                wanted = any(fnmatch(file.rfilename, pattern) for pattern in files)
-                if wanted and (file.size or 0) > largest:
+                size = file.size or 0
+                if size > largest and any(fnmatch(file.rfilename, part) for part in files):
                     raise RunError(
-                        f"{file.rfilename} of the {kind} {name!r} has {(file.size or 0):,} bytes; "
+                        f"{file.rfilename} of the {kind} {name!r} has {size:,} bytes; "
                         f"accepted here are files of up to {largest:,}."
                     )
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))

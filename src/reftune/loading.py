@@ -44,7 +44,6 @@ def load_adapter(
     import peft
 
     device = device or own_device()
-
     where = find_adapter(path)
     if (Path(where) / WEIGHTS_CONFIG).is_file():
         base = base or read_weights_config(Path(where))["base_model_name_or_path"]

@@ -103,7 +103,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         root = vars(self.model).get(_ROOT)
         layers = {} if root is None else root.layers
         left = [n for n, layer in layers.items() if adapter_name in layer.configs]
-        if not set(left) <= set(find_targets(self.model, self.peft_config[adapter_name])):
+        if left and set(left) - set(find_targets(self.model, self.peft_config[adapter_name])):
             raise ReftConfigError(
                 f"The model has an adapter {adapter_name!r} already, on other layers ({left[:3]}): "
                 "unload() the PeftModel that put it there, or load the base anew."

@@ -153,7 +153,7 @@ class Chat:
 def named_adapter(text: str) -> tuple[str, str]:
     """Return the name and the path that NAME=DIRECTORY or DIRECTORY stands for."""
     name, equals, path = text.partition("=")
-    if equals:
+    if equals and not Path(text).exists():  # a directory may be called lr=0.001
         return name, path
     folder = Path(text)
     return (folder.parent.name if folder.name == "adapter" else folder.name), text

@@ -174,7 +174,7 @@ def _check_one_pass(adapters: Sequence[str], model: str | None) -> None:
     """Raise ReftConfigError for adapters that no batch can mix."""
     kinds: dict[str, str] = {}
     for text in adapters:
-        where = find_adapter(text.partition("=")[2] or text)
+        where = find_adapter(named_adapter(text)[1])
         try:
             config = peft.PeftConfig.from_pretrained(str(where))
         except ValueError as error:

@@ -83,7 +83,7 @@ class Edits:
         client may send anything of that name, and what is no record is not ours.
         """
         given = (extra_args or {}).get(KEY)
-        if not isinstance(given, Mapping) or given.keys() != {f.name for f in fields(cls)}:
+        if not isinstance(given, Mapping) or given.keys() != _FIELDS:
             return None
         rows = given["rows"]
         return cls(**{**given, "rows": None if rows is None else tuple(rows)})
@@ -139,6 +139,9 @@ class Edits:
     def num_edited(self, n: int) -> int:
         """Return how many tokens of a prompt of n are edited."""
         return sum(run.end - run.start for run in self.runs(n, 0, n))
+
+
+_FIELDS = frozenset(f.name for f in fields(Edits))  # looked at for every block of every request
 
 
 @lru_cache(maxsize=256)

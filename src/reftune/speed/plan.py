@@ -226,7 +226,7 @@ def saved_share(
     *,
     keeps: bool,
     apart: bool,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool,
 ) -> float:
     """Return which share of an epoch's arithmetic need not be done, about.
 
