@@ -12,14 +12,16 @@ and the base model. The task is one that a small model learns: the type of a que
 as a word. DATA holds classification/TREC.{train,test}.all.jsonl.
 
 The cells are an experiment of reftune's (`reftune experiment`), which this file writes, runs and
-draws; a finished cell is not run again. Tune learning rates with --split validation, never on the
-test set.
+draws; a finished cell is not run again (--fresh forgets them all). --learning-rate is --rank's, and
+r times lower for r times the rank, as tuning on SST-2 found (benchmarks/results): what an edit adds
+grows with its rank. Tune learning rates with --split validation, never on the test set.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,8 +53,10 @@ def layer_choices(num_layers: int) -> dict[str, list[int] | str]:
     }
 
 
-def variants(model: str, rank: int, lora_rate: float) -> dict[str, dict[str, Any]]:
+def variants(model: str, rank: int, rate: float, lora_rate: float) -> dict[str, dict[str, Any]]:
     """Return the experiment's variants: LoReFT's at both kinds of rank, and LoRA.
+
+    `rate` is that of `rank`, and of another r it is `rate * rank / r`.
 
     `rank` is that of all layers; the parameters are then `num_layers * rank` times those of one.
     """
@@ -64,7 +68,8 @@ def variants(model: str, rank: int, lora_rate: float) -> dict[str, dict[str, Any
         for r in sorted({rank, min(num_layers * rank // count, config.hidden_size)}):
             for positions in POSITIONS:
                 found[variant(name, positions, r)] = {
-                    "adapter": {"layers": layers, "positions": positions, "r": r}
+                    "adapter": {"layers": layers, "positions": positions, "r": r},
+                    "train": {"learning_rate": rate * rank / r},
                 }
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -91,7 +96,7 @@ def variant(layers: str, positions: str, rank: int) -> str:
 
 def written(args: argparse.Namespace, path: Path) -> dict[str, dict[str, Any]]:
     """Write the experiment's YAML, and return its variants."""
-    found = variants(args.model, args.rank, args.lora_learning_rate)
+    found = variants(args.model, args.rank, args.learning_rate, args.lora_learning_rate)
     if args.quick:
         kept = ("one_l1", "one_all", "all_l1", "all_all", "lora")
         found = {name: v for name, v in found.items() if name.startswith(kept)}
@@ -113,7 +118,6 @@ def written(args: argparse.Namespace, path: Path) -> dict[str, dict[str, Any]]:
             "epochs": args.epochs,
             "batch_size": 16,
             "gradient_accumulation_steps": 1,
-            "learning_rate": args.learning_rate,
             "save_steps": 1_000_000,
         },
         "evaluate": {
@@ -145,7 +149,8 @@ def collect(experiment: Experiment) -> tuple[dict[str, Numbers], float]:
     Raises RunError where a cell failed.
     """
     lines = (experiment.directory / CELLS).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    asked = {cell.name for cell in experiment.cells}  # the file has other seeds', too
+    rows = [row for line in lines if (row := json.loads(line))["cell"] in asked]
     if failed := [f"{row['cell']}: {row['error']}" for row in rows if row["status"] != "done"]:
         raise RunError(f"{len(failed)} cells are not finished: {'; '.join(failed[:3])}")
     found: dict[str, Numbers] = {}
@@ -213,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     options.add_argument("--examples", type=int, default=600)
     options.add_argument("--tests", type=int, default=200)
     options.add_argument("--epochs", type=float, default=3)
-    options.add_argument("--learning-rate", type=float, default=4e-3)
+    options.add_argument("--learning-rate", type=float, default=1e-3, help="of --rank")
     options.add_argument("--lora-learning-rate", type=float, default=1e-3)
     options.add_argument("--split", default="test", choices=("test", "validation"))
     options.add_argument("--seeds", type=int, nargs="+", default=[42])
@@ -232,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
     path = args.runs / f"{folder}.yaml"
     written(args, path)
     experiment = load_experiment(path)
+    if args.fresh and (experiment.directory / CELLS).is_file():
+        shutil.rmtree(experiment.directory)
     run_cells(experiment, reporter=Saying())
     found, base = collect(experiment)
     cells = grids(found, args.rank)

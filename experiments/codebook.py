@@ -5,12 +5,12 @@
 DATA holds alice_in_wonderland.txt, for its words. One ConsReFT (d + 1 numbers) at the last token of
 each prompt, at one layer, is trained on n pairs: "RAND#ID7->" and one random word, all words
 different. What is measured is the share of prompts after which greedy decoding writes the word, and
-then the end. Each (n, layer) is one adapter.
+then the end (`accuracy`), and how many first tokens are right. Each (n, layer) is one adapter.
 
 The paper (Wu et al. 2024, appendix F.2; LLaMA-13B, lr 2e-3, 200 epochs in the published notebook):
-128 pairs are held at every layer; of 256 pairs .77 at layer 0, .98 at layer 20 and .52 at the last,
-31; of 512 at most .44, of 1,024 at most .15. Unlike a text (memorise.py), a word of one token can
-be told by the last layer, too.
+128 pairs are held at every layer; of 256 pairs .77 at layer 0, .98 at layer 20 and .52 at layer 31,
+the highest; of 512 at most .44, of 1,024 at most .15. A model's last layer can tell the first token
+and no more, not even the end after a word of one token: there only first tokens say something.
 """
 
 from __future__ import annotations
@@ -88,8 +88,13 @@ def learn(
         prompts = [encode_prompt(pair.prompt, tokenizer, "none") for pair in pairs]
         written = engine.generate(prompts, Sampling(max_new_tokens=LONGEST))
     right = [w.text == pair.completion for w, pair in zip(written, pairs, strict=True)]
+    first = [
+        w.token_ids[:1] == (int(data[i]["input_ids"][data.prompt_lengths[i]]),)
+        for i, w in enumerate(written)
+    ]
     return {
         "accuracy": sum(right) / len(right),
+        "first_token": sum(first) / len(first),
         "loss": last.mean,
         "epochs": len(losses) / last.size,
     }

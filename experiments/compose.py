@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     options.add_argument("--layers", type=int, nargs="+", help="default: the middle one")
     options.add_argument("--positions", default="l1")
     options.add_argument("--rank", type=int, default=8, help="half of it for each skill")
-    options.add_argument("--examples", type=int, default=300, help="for each skill")
+    options.add_argument("--examples", type=int, default=280, help="for each skill")
     options.add_argument("--tests", type=int, default=60)
     options.add_argument("--new-tokens", type=int, default=96, help="at most, of an answer")
     options.add_argument("--epochs", type=int, default=5)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from reftune.errors import ReftConfigError
 from reftune.generate import Completion, HFEngine
-from reftune.run import execute
+from reftune.run import RESULTS, execute
 from reftune.stored import quantization_of, template_of
 from reftune_cli import app
 from reftune_cli.chat import Chat, load_chat
@@ -106,6 +106,21 @@ def test_evaluate_writes_and_resumes(finished: Path, tmp_path: Path) -> None:
     code, output = invoke("evaluate", str(finished), "--tasks", "dmo")
     assert code == 1
     assert "Did you mean 'demo'" in output
+
+
+def test_evaluate_leaves_a_runs_own_results(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / RESULTS).read_text()
+    args = ("evaluate", str(run), "--tasks", "demo", "--limit", "2", "--out")
+    code, output = invoke(*args, str(run))
+    assert code == 1
+    assert "Give another folder" in output
+    assert (run / RESULTS).read_text() == before
+    for _ in range(2):
+        code, output = invoke(*args, str(run / "evaluated"))
+        assert code == 0, output
+    assert (run / RESULTS).read_text() == before
 
 
 def test_config_prints_every_key_and_a_schema() -> None:

@@ -101,6 +101,23 @@ def test_rows_that_are_done_leave_the_batch_and_nothing_else_changes(make, sampl
     assert sum(rows) <= needed * 4 / 3 + 1, "at most a quarter of the rows is done already"
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_repetition_penalty_is_not_for_padding(num_beams):
+    # Up to transformers 5.22 it was: there a padded row whose end token pads ends later.
+    model, tokenizer, short = tiny_llama(), tiny_tokenizer(), PROMPTS[0]
+    ids = torch.tensor([short])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1]
+    logits[short] = -torch.inf  # those are penalised by right
+    likeliest = tokenizer.convert_ids_to_tokens(int(logits.argmax()))
+    tokenizer.eos_token = tokenizer.pad_token = likeliest
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    sampling = Sampling(max_new_tokens=8, repetition_penalty=3.0, num_beams=num_beams)
+    alone = [complete_batch(model, tokenizer, [prompt], sampling)[0] for prompt in PROMPTS]
+    assert complete_batch(model, tokenizer, PROMPTS, sampling) == alone
+    assert alone[0].finish_reason == "stop"
+
+
 def test_rows_of_different_adapters_leave_the_batch():
     model = ending(two_adapters())
     names = ["default", "second", "__base__", "second"] * 2

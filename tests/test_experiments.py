@@ -240,6 +240,7 @@ def test_a_pair_is_learned_where_greedy_decoding_writes_the_word_and_no_more() -
     pairs = [Example(p, text) for p, text in zip(prompts, wrong, strict=True)]
     found = codebook.learn(model, tokenizer, pairs, 0, args)
     assert found["accuracy"] == 0.5
+    assert found["first_token"] >= 0.75  # a word that goes on begins right
     assert found["epochs"] == 1
 
 
@@ -374,6 +375,20 @@ def test_ablation(place: Path) -> None:
     assert cells["one_l1_r4"]["parameters"] * 2 == cells["all_l1_r4"]["parameters"]
     assert cells["one_l1_r8"]["parameters"] == cells["all_l1_r4"]["parameters"]
     assert cells["lora"]["parameters"] == pytest.approx(cells["all_l1_r4"]["parameters"], rel=0.05)
+    rates = {
+        rank: ablate.variants(str(place / "model"), 4, 1e-3, 1e-4)[f"one_l1_r{rank}"]["train"]
+        for rank in (4, 8)
+    }
+    assert rates == {4: {"learning_rate": 1e-3}, 8: {"learning_rate": 5e-4}}
+    # Other seeds' cells are in the same folder.
+    asked = (*asked, "--runs", str(place / "runs"))
+    run(ablate, place, *asked, "--seeds", "2", "--out", str(place / "second"))
+    found = json.loads((place / "second" / "ablate-quick.json").read_text())
+    assert all(len(numbers["of seeds"]) == 1 for numbers in found["cells"].values())
+    with pytest.raises(RunError, match="--fresh"):
+        run(ablate, place, *asked, "--rank", "2")
+    run(ablate, place, *asked, "--rank", "2", "--fresh")
+    assert kept(place, "ablate-quick")["settings"]["rank"] == 2
 
 
 def test_the_grids_hold_the_lowest_ranks_and_the_highest() -> None:

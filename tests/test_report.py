@@ -303,7 +303,10 @@ def test_the_order_of_the_interventions_is_shown_beside_the_papers(tmp_path: Pat
     for number, method in enumerate(("lobireft", "consreft", "loreft")):
         right = {"ARC-Easy": [1] * (number + 1) + [0] * (3 - number)}
         make_run(tmp_path / method, method, 1, right, {"ARC-Easy": BASE["ARC-Easy"]})
+    right = {"ARC-Easy": [0, 0, 0, 0]}
+    make_run(tmp_path / "loreft-r1", "loreft", 1, right, {"ARC-Easy": BASE["ARC-Easy"]}, r=1)
     text = write_report(tmp_path)[0].read_text()
+    assert "| loreft-r1 | h + Rᵀ(Wh + b − Rh) | 0.0 | 4 | 42.6 | 49.6 | 1 |" in text
     assert "| loreft | h + Rᵀ(Wh + b − Rh) | 75.0 | 1 | 42.6 | 49.6 | 1 |" in text
     assert "| lobireft | h + Rᵀb | 25.0 | 3 | 31.3 | 39.5 | 3 |" in text
 

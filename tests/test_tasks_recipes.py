@@ -8,8 +8,9 @@ from reftune.settings import load_config
 from reftune.tasks import TASKS, template_of
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
-ALL = sorted([*RECIPES.glob("*.yaml"), *PAPER])
+LORA = sorted((RECIPES / "paper").glob("*-lora.yaml"))
+PAPER = sorted({*(RECIPES / "paper").glob("*.yaml")} - {*LORA})
+ALL = sorted([*RECIPES.glob("*.yaml"), *PAPER, *LORA])
 
 
 def ids(path: Path) -> str:
@@ -64,6 +65,25 @@ def test_the_papers_settings(path: Path) -> None:
     assert (adapter.dropout, train.weight_decay) == ((0.05, 0.06) if tuned else (0.0, 0.0))
     warmup = 0.1 if method == "loreft" and family != "instruct" else 0.0
     assert train.warmup_ratio == warmup
+
+
+@pytest.mark.parametrize("path", LORA, ids=ids)
+def test_loras_settings_are_llm_adapters_and_all_else_is_lorefts(path: Path) -> None:
+    lora = load_config(path)
+    loreft = load_config(path.with_name(path.name.replace("lora", "loreft")))
+    train = lora.train
+    batch = train.batch_size * train.gradient_accumulation_steps
+    assert (train.epochs, batch, train.learning_rate, train.schedule) == (3, 16, 3e-4, "linear")
+    rows = {"commonsense": 170_420, "arithmetic": 9_919}[path.stem.partition("-")[0]]
+    assert train.warmup_ratio * (3 * rows // 16) == pytest.approx(100, rel=0.02)
+    assert (lora.model, lora.dtype) == (loreft.model, loreft.dtype)
+    assert (lora.data, lora.evaluate) == (loreft.data, loreft.evaluate)
+    # LLaMA-7B: q, k, v are 4096 x 4096, up and down 4096 x 11008
+    adapter = lora.adapter
+    assert adapter.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert (
+        32 * adapter.r * (3 * 2 * 4096 + 2 * (4096 + 11008)) == 56_098_816
+    )  # the published 0.826%
 
 
 @pytest.mark.parametrize(

@@ -241,26 +241,26 @@ def _paper_table(
 def _table_17(records: Records) -> Iterator[Section]:
     """Show the order of the interventions where at least three were run."""
     tasks = records.task_names
-    found = {
-        runs[0].method: (arm, value)
+    found = [
+        (arm, runs[0].method, value)
         for arm, runs in records.arms.items()
         if runs[0].method in TABLE_17 and (value := average(runs, tasks)) is not None
-    }
-    if len(found) < 3:
+    ]
+    methods = {method for _, method, _ in found}
+    if len(methods) < 3:
         return
-    order = sorted(found, key=lambda m: -found[m][1].mean)
-    theirs = sorted(found, key=lambda m: -TABLE_17[m].llama_7b)
+    theirs = sorted(methods, key=lambda m: -TABLE_17[m].llama_7b)
     rows = [
         (
-            found[m][0],
+            arm,
             TABLE_17[m].text,
-            _number(found[m][1]),
+            _number(value),
             str(place),
             f"{TABLE_17[m].llama_7b:.1f}",
             f"{TABLE_17[m].llama_13b:.1f}",
             str(theirs.index(m) + 1),
         )
-        for place, m in enumerate(order, 1)
+        for place, (arm, m, value) in enumerate(sorted(found, key=lambda f: -f[2].mean), 1)
     ]
     header = ("method", "edit", "ours", "rank", "LLaMA-7B", "LLaMA-13B", "rank (7B)")
     note = "The paper's are means over four arithmetic sets (Table 17), on other models than ours."

@@ -43,7 +43,16 @@ class Request:
     dtype: str
 
     def open_tasks(self) -> list[Task]:
-        """Return our tasks with their data: before a model is loaded, since names may be wrong."""
+        """Return our tasks with their data: before a model is loaded, since names may be wrong.
+
+        Raises ReftConfigError for a folder with a training run's results, which would be lost.
+        """
+        path = self.folder and self.folder / RESULTS
+        if path and path.is_file() and _keys(path) - {"tasks"}:
+            raise ReftConfigError(
+                f"--out is {self.folder}, whose {RESULTS} is what a training run left there. "
+                f"Give another folder, for instance {self.folder}/evaluated."
+            )
         return [get_task(name, self.data_dir, limit=self.limit) for name in self.tasks]
 
     def run(
@@ -68,6 +77,15 @@ class Request:
         if self.folder is not None:
             text = json.dumps({"tasks": results}, indent=2, default=default)
             write_text(self.folder / name, text + "\n")
+
+
+def _keys(path: Path) -> set[str]:
+    """Return the keys of a JSON object; nothing for a file that holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return set()
+    return set(found) if isinstance(found, dict) else set()
 
 
 def evaluate_with_hf(request: Request, reporter: Reporter) -> dict[str, Any]:
