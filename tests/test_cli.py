@@ -108,6 +108,26 @@ def test_evaluate_writes_and_resumes(finished: Path, tmp_path: Path) -> None:
     assert "Did you mean 'demo'" in output
 
 
+def test_evaluate_takes_a_tasks_split_decoding_and_length(finished: Path, tmp_path: Path) -> None:
+    args = ("evaluate", str(finished), "--tasks", "demo", "--limit", "2", "--no-base")
+    code, output = invoke(*args, "--max-new-tokens", "1", "--out", str(tmp_path))
+    assert code == 0, output
+    lines = (tmp_path / "samples" / "adapter" / "demo.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines[1:]]
+    assert len(samples) == 2
+    assert all(sample["tokens"] <= 1 for sample in samples)
+    for option, value, accepted in (
+        ("--split", "dev", "validation"),
+        ("--decoding", "beams", "sampling"),
+    ):
+        code, output = invoke(*args, option, value)
+        assert code == 1
+        assert accepted in output
+    code, output = invoke("evaluate", str(finished), "--lm-eval", "x", "--split", "validation")
+    assert code == 1
+    assert "are for --tasks" in output
+
+
 def test_evaluate_leaves_a_runs_own_results(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)

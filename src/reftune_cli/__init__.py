@@ -142,6 +142,13 @@ def evaluate(
     engine: Annotated[
         str, typer.Option(help="what generates: hf or vllm (docs/serving.md)")
     ] = "hf",
+    split: Annotated[str, typer.Option(help="test, or validation (--tasks)")] = "test",
+    decoding: Annotated[
+        str, typer.Option(help="published, greedy, or the paper's sampling (--tasks)")
+    ] = "published",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="instead of the task's own (--tasks)", min=1)
+    ] = None,
     lm_eval: Annotated[str | None, typer.Option(help="tasks of lm-eval, instead of ours")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="examples in a prompt (lm-eval)")] = None,
     chat_template: Annotated[
@@ -168,7 +175,13 @@ def evaluate(
                 f"--engine is {engine!r}; accepted are hf and, for --tasks, vllm."
             )
         names = [name.strip() for name in (tasks or lm_eval or "").split(",")]
-        asked = Request(adapters, names, data_dir, limit, batch_size, base, out, model, dtype)
+        how = {"split": split, "decoding": decoding, "max_new_tokens": max_new_tokens}
+        if lm_eval is not None and list(how.values()) != ["test", "published", None]:
+            raise ReftConfigError(
+                "--split, --decoding and --max-new-tokens are for --tasks; lm-eval's tasks say "
+                "theirs in their YAML (--include-path)."
+            )
+        asked = Request(adapters, names, data_dir, limit, batch_size, base, out, model, dtype, how)
         with ConsoleReporter() as reporter:
             if lm_eval is not None:
                 harness = (num_fewshot, chat_template, include_path)

@@ -41,6 +41,7 @@ class Request:
     folder: Path | None
     model: str | None
     dtype: str
+    how: Mapping[str, Any]  # split, decoding and max_new_tokens of `get_task`
 
     def open_tasks(self) -> list[Task]:
         """Return our tasks with their data: before a model is loaded, since names may be wrong.
@@ -53,7 +54,7 @@ class Request:
                 f"--out is {self.folder}, whose {RESULTS} is what a training run left there. "
                 f"Give another folder, for instance {self.folder}/evaluated."
             )
-        return [get_task(name, self.data_dir, limit=self.limit) for name in self.tasks]
+        return [get_task(n, self.data_dir, limit=self.limit, **self.how) for n in self.tasks]
 
     def run(
         self, tasks: Sequence[Task], engine: Any, reporter: Reporter, names: Sequence[str]
