@@ -158,7 +158,6 @@ def evaluate(
 ) -> None:
     """Evaluate adapters, and their base model, on tasks."""
     with reported_errors():
-        from reftune.errors import ReftConfigError
         from reftune_cli.console import ConsoleReporter, show_scores
         from reftune_cli.evaluation import (
             Request,
@@ -166,21 +165,11 @@ def evaluate(
             evaluate_with_hf,
             evaluate_with_vllm,
             show_lm_eval,
+            task_names,
         )
 
-        if (tasks is None) == (lm_eval is None):
-            raise ReftConfigError("Give either --tasks or --lm-eval: names with commas between.")
-        if engine not in ("hf", "vllm") or (engine == "vllm" and lm_eval is not None):
-            raise ReftConfigError(
-                f"--engine is {engine!r}; accepted are hf and, for --tasks, vllm."
-            )
-        names = [name.strip() for name in (tasks or lm_eval or "").split(",")]
         how = {"split": split, "decoding": decoding, "max_new_tokens": max_new_tokens}
-        if lm_eval is not None and list(how.values()) != ["test", "published", None]:
-            raise ReftConfigError(
-                "--split, --decoding and --max-new-tokens are for --tasks; lm-eval's tasks say "
-                "theirs in their YAML (--include-path)."
-            )
+        names = task_names(tasks, lm_eval, engine, how)
         asked = Request(adapters, names, data_dir, limit, batch_size, base, out, model, dtype, how)
         with ConsoleReporter() as reporter:
             if lm_eval is not None:

@@ -25,6 +25,22 @@ from reftune_cli.console import out
 LM_EVAL_RESULTS = "lm-eval.json"
 
 
+def task_names(
+    tasks: str | None, lm_eval: str | None, engine: str, how: Mapping[str, Any]
+) -> list[str]:
+    """Return the names of the tasks. Raises ReftConfigError for options that do not go together."""
+    if (tasks is None) == (lm_eval is None):
+        raise ReftConfigError("Give either --tasks or --lm-eval: names with commas between.")
+    if engine not in ("hf", "vllm") or (engine == "vllm" and lm_eval is not None):
+        raise ReftConfigError(f"--engine is {engine!r}; accepted are hf and, for --tasks, vllm.")
+    if lm_eval is not None and list(how.values()) != ["test", "published", None]:
+        raise ReftConfigError(
+            "--split, --decoding and --max-new-tokens are for --tasks; lm-eval's tasks say "
+            "theirs in their YAML (--include-path)."
+        )
+    return [name.strip() for name in (tasks or lm_eval or "").split(",")]
+
+
 @dataclass(frozen=True)
 class Request:
     """What the verb `evaluate` was asked for.
