@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from reftune.alpaca_eval import write_alpaca_eval
 from reftune.errors import DataError, ReftConfigError, RunError
 from reftune.evaluate import run
 from reftune.generate import HFEngine
 from reftune.prompts import render_prompt
+from reftune.run import execute
 from reftune.tasks import TASKS, get_task, template_of
 from reftune.tasks.labels import SETS
 from reftune.tasks.leaks import words
 from reftune.tasks.procedural import GYM, NAMES, SPLITS
+from reftune_cli import app
+from runs import tiny_run
 from task_data import DATA, needs_data
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -234,6 +238,31 @@ def test_replies_are_written_for_the_judge(judged: Path) -> None:
     (judged / "alpaca_eval.json").write_text(json.dumps(ALPACA_EVAL[::-1]))
     with pytest.raises(RunError, match=r"sample 0 is not of alpaca_eval's example"):
         write_alpaca_eval(samples, get_task("alpaca_eval", judged), out, "tiny")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_a_run_and_the_verb_evaluate_write_for_the_judge(judged: Path, tmp_path: Path) -> None:
+    data = {"data_dir": str(judged), "template": "alpaca", "max_length": 256}
+    wanted = {"tasks": ["alpaca_eval"], "max_new_tokens": 4}
+    (judged / "alpaca").mkdir()
+    others = [{"instruction": f"Spell {i}.", "output": f"{i}?"} for i in range(3)]
+    (judged / "alpaca/train.json").write_text(json.dumps(others))
+    config = tiny_run(tmp_path, data={"train": ["alpaca"], **data}, evaluate=wanted)
+    execute(config)
+    generators = {"adapter": config.name, "base": config.model}
+    for who, generator in generators.items():
+        rows = json.loads((config.directory / "alpaca_eval" / f"{who}.json").read_text())
+        assert [row["instruction"] for row in rows] == [f"Say {i}." for i in range(3)]
+        assert {row["generator"] for row in rows} == {generator}
+    arguments = ["evaluate", f"mine={config.directory}", "--tasks", "alpaca_eval"]
+    arguments += ["--data-dir", str(judged), "--max-new-tokens", "4", "--no-base"]
+    for limit in (3, 2):  # a file of samples that has more than is asked for now
+        more = ["--out", str(tmp_path / "out"), "--limit", str(limit)]
+        result = CliRunner().invoke(app, arguments + more)
+        assert result.exit_code == 0, result.output
+        rows = json.loads((tmp_path / "out/alpaca_eval/adapter.json").read_text())
+        assert len(rows) == limit
 
 
 def test_training_rows_have_the_template_with_and_without_input(tmp_path: Path) -> None:

@@ -2,12 +2,29 @@
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from reftune.errors import RunError
 from reftune.evaluate import read_samples
 from reftune.prompts import Instruction
 from reftune.tasks import Task
+
+NAME = "alpaca_eval"
+
+
+def write_outputs(tasks: Iterable[Task], samples: Path, generators: Mapping[str, str]) -> None:
+    """Write what is in `samples`/WHO of the task `alpaca_eval` for a judge, if that is a task.
+
+    `generators` names each WHO, as the judge's leaderboard will. The files are
+    alpaca_eval/WHO.json beside `samples`.
+    """
+    folder = samples.parent / NAME
+    for task in tasks:
+        for who, generator in generators.items() if task.name == NAME else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            path = samples / who / f"{task.name}.jsonl"
+            write_alpaca_eval(path, task, folder / f"{who}.json", generator)
 
 
 def write_alpaca_eval(
@@ -16,7 +33,7 @@ def write_alpaca_eval(
     """Write {instruction, output, generator, dataset} of each sample, in the task's order.
 
     The file is what `alpaca_eval --model_outputs` takes. `dataset` is the row's own (helpful_base,
-    koala, ...), else the task's name.
+    koala, ...), else the task's name. Samples of an earlier, larger `limit` are left out.
 
     Raises:
         RunError: there is no such samples file, or it is not of this task.
@@ -24,7 +41,7 @@ def write_alpaca_eval(
     rows = []
     for sample in read_samples(samples):
         if sample.index >= task.num_examples:
-            raise RunError(f"{samples} has a sample {sample.index}, {task.name} no such example.")
+            continue
         example = task.example(sample.index)
         if task.gold(example) != sample.gold:
             raise RunError(

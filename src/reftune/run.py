@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from reftune import classify, evaluate
+from reftune import alpaca_eval, classify, evaluate
 from reftune.callbacks import CHECKPOINTS, Progress
 from reftune.callbacks import Reporter as Reporter
 from reftune.card import model_card
@@ -150,13 +150,18 @@ def _evaluate(
         if processes().is_main:
             shutil.rmtree(samples, ignore_errors=True)
         wait_for_all()
+    tasks = tasks_of(config)
     scores = evaluate.run_all(
-        tasks_of(config),
+        tasks,
         HFEngine(loaded.model, loaded.tokenizer, wanted.batch_size),
         base=wanted.base and base_scores is None,
         samples=samples if processes().is_main else None,
         progress=reporter.evaluating,
     )
+    if processes().is_main:
+        generators = {"adapter": config.name, "base": config.model}
+        found = {who: generators[who] for who in scores.get(alpaca_eval.NAME, {})}
+        alpaca_eval.write_outputs(tasks, samples, found)
     known = base_scores or {}
     return {
         task: ({"base": dict(known[task])} if task in known else {}) | found

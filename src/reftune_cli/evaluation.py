@@ -14,7 +14,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from reftune import evaluate
+from reftune import alpaca_eval, evaluate
 from reftune.errors import ReftConfigError
 from reftune.generate import HFEngine
 from reftune.run import RESULTS, Reporter, find_adapter, load_adapter, write_text
@@ -84,6 +84,9 @@ class Request:
             progress=reporter.evaluating,
             adapters=names,
         )
+        if self.folder:
+            generators = {who: who for who in results.get(alpaca_eval.NAME, {})}
+            alpaca_eval.write_outputs(tasks, self.folder / "samples", generators)
         self.keep(RESULTS, results)
         return results
 

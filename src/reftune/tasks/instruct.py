@@ -1,7 +1,7 @@
 """Instruction following (the paper's Table 3): the Alpaca template, replies for a judge to compare.
 
-    alpaca_eval         805 instructions; `write_alpaca_eval` (reftune.alpaca_eval) writes the
-                        replies as `alpaca_eval --model_outputs` reads them
+    alpaca_eval         805 instructions; a run also writes the replies as
+                        `alpaca_eval --model_outputs` reads them (reftune.alpaca_eval)
     ultrafeedback, alpaca   training rows; hold some out and look at their loss (data.heldout)
 
 Without a judge a reply has no score. What is counted is whether there is one ("answered"), which
