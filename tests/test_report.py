@@ -438,3 +438,15 @@ def test_the_experiments_for_pefts_suite_are_configs_that_peft_reads() -> None:
         training = path.with_name("training_params.json")
         given = json.loads(training.read_text()) if training.exists() else {}
         assert set(given) <= TRAIN_CONFIG
+
+
+def test_replies_that_nothing_judges_are_shown_to_be_read(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "loreft", 1, {"boolq": [1] * 30}, {"boolq": [1] * 30})
+    judged = write_report(tmp_path / "a")[0].read_text().partition("## Generations")[2]
+    assert "The first 4 examples of boolq; each arm" in judged
+    path = tmp_path / "a" / "results.json"
+    path.write_text(path.read_text().replace('"accuracy"', '"answered"'))
+    read = write_report(tmp_path / "a")[0].read_text().partition("## Generations")[2]
+    assert "The first 20 examples of boolq; each arm" in read
+    assert judged.count("✓") == 8
+    assert read.count("✓") == 0

@@ -30,8 +30,8 @@ from reftune.run import write_text
 from reftune.samples import OverSeeds
 
 MARKDOWN, PAGE = "report.md", "report.html"
-SHOWN = 4
-"""How many generations of each task are shown."""
+SHOWN, REPLIES = 4, 20
+"""How many generations of a task are shown; more where only a reader can tell how good they are."""
 _DASH = "–"
 
 
@@ -275,19 +275,22 @@ def _generations(records: Records) -> Iterator[Section]:
         columns = {arm: found for arm, found in columns.items() if found}
         if not columns:
             continue
-        first = next(iter(columns.values()))[:SHOWN]
+        judged = _result(records, task).get("metric") != "answered"
+        first = next(iter(columns.values()))[: SHOWN if judged else REPLIES]
         header = ("prompt", "answer", *(["base"] if base else []), *columns)
         rows = []
         for number, sample in enumerate(first):
             replies = [found[number] for found in ([base] if base else []) if number < len(found)]
             replies += [found[number] for found in columns.values() if number < len(found)]
             if len(replies) == len(header) - 2 and {r.index for r in replies} == {sample.index}:
-                marked = (f"{'✓' if r.score > 0.5 else '✗'} {_cut(r.completion)}" for r in replies)
+                marks = (("✓ " if r.score > 0.5 else "✗ ") if judged else "" for r in replies)
+                texts = (_cut(r.completion, 400 if judged else 1000) for r in replies)
+                marked = map("".join, zip(marks, texts, strict=True))
                 rows.append((_cut(sample.prompt), _cut(sample.gold), *marked))
         tables.append(Table(header, rows, long=True))
-        names.append(task)
+        names.append(f"{len(rows)} examples of {task}")
     if tables:
-        note = f"The first {SHOWN} examples of {', '.join(names)}, each arm's first seed."
+        note = f"The first {', the first '.join(names)}; each arm's first seed."
         yield Section("Generations", (note,), tuple(tables))
 
 
