@@ -56,9 +56,8 @@ def layer_choices(num_layers: int) -> dict[str, list[int] | str]:
 def variants(model: str, rank: int, rate: float, lora_rate: float) -> dict[str, dict[str, Any]]:
     """Return the experiment's variants: LoReFT's at both kinds of rank, and LoRA.
 
-    `rate` is that of `rank`, and of another r it is `rate * rank / r`.
-
     `rank` is that of all layers; the parameters are then `num_layers * rank` times those of one.
+    `rate` is that of `rank`, and of another r it is `rate * rank / r`.
     """
     config = AutoConfig.from_pretrained(resolve(model)).get_text_config()
     num_layers = config.num_hidden_layers

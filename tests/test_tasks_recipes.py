@@ -78,12 +78,10 @@ def test_loras_settings_are_llm_adapters_and_all_else_is_lorefts(path: Path) -> 
     assert train.warmup_ratio * (3 * rows // 16) == pytest.approx(100, rel=0.02)
     assert (lora.model, lora.dtype) == (loreft.model, loreft.dtype)
     assert (lora.data, lora.evaluate) == (loreft.data, loreft.evaluate)
-    # LLaMA-7B: q, k, v are 4096 x 4096, up and down 4096 x 11008
     adapter = lora.adapter
     assert adapter.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    assert (
-        32 * adapter.r * (3 * 2 * 4096 + 2 * (4096 + 11008)) == 56_098_816
-    )  # the published 0.826%
+    per_layer = 3 * 2 * 4096 + 2 * (4096 + 11008)  # LLaMA-7B: q, k, v and up, down
+    assert 32 * adapter.r * per_layer == 56_098_816  # the published 0.826%
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,36 @@
 """Replies for a judge: a samples file of `alpaca_eval`, written as Alpaca-Eval reads it."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from reftune.errors import RunError
 from reftune.evaluate import read_samples
 from reftune.prompts import Instruction
+from reftune.saving import write_text
 from reftune.tasks import Task
 
 NAME = "alpaca_eval"
 
 
-def write_outputs(tasks: Iterable[Task], samples: Path, generators: Mapping[str, str]) -> None:
-    """Write what is in `samples`/WHO of the task `alpaca_eval` for a judge, if that is a task.
+def write_outputs(
+    tasks: Iterable[Task],
+    scores: Mapping[str, Iterable[str]],
+    samples: Path,
+    generators: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write the replies to `alpaca_eval` for a judge, if that is one of the tasks.
 
-    `generators` names each WHO, as the judge's leaderboard will. The files are
-    alpaca_eval/WHO.json beside `samples`.
+    `scores` has each WHO by task, whose samples are `samples`/WHO/alpaca_eval.jsonl; `generators`
+    names a WHO as the judge's leaderboard will. Files: alpaca_eval/WHO.json beside `samples`.
     """
     folder = samples.parent / NAME
-    for task in tasks:
-        for who, generator in generators.items() if task.name == NAME else ():
-            folder.mkdir(parents=True, exist_ok=True)
-            path = samples / who / f"{task.name}.jsonl"
-            write_alpaca_eval(path, task, folder / f"{who}.json", generator)
+    for task in (task for task in tasks if task.name == NAME):
+        folder.mkdir(parents=True, exist_ok=True)
+        for who in scores[NAME]:
+            path = samples / who / f"{NAME}.jsonl"
+            write_alpaca_eval(path, task, folder / f"{who}.json", generators.get(who, who))
 
 
 def write_alpaca_eval(
@@ -57,7 +63,5 @@ def write_alpaca_eval(
                 "dataset": str(example.fields.get("dataset", task.name)),
             }
         )
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(Path(path), json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     return rows

@@ -93,12 +93,12 @@ def read(directory: str | Path) -> Records:
     Raises RunError where no finished run is there.
     """
     directory = Path(directory)
-    if _is_finished(directory):
+    if is_finished(directory):
         return Records(directory, (_record(directory, None),))
     if (directory / CELLS).is_file():
         lines = (directory / CELLS).read_text(encoding="utf-8").splitlines()
         cells = [json.loads(line) for line in lines]
-        done = [cell for cell in cells if _is_finished(directory / cell["cell"])]
+        done = [cell for cell in cells if is_finished(directory / cell["cell"])]
         missing = tuple(cell for cell in cells if cell not in done)
         runs = [
             _record(directory / cell["cell"], arm_name(cell["variant"], cell["point"]))
@@ -107,7 +107,7 @@ def read(directory: str | Path) -> Records:
     else:
         missing = ()
         folders = sorted(directory.iterdir()) if directory.is_dir() else []
-        runs = [_record(path, None) for path in folders if _is_finished(path)]
+        runs = [_record(path, None) for path in folders if is_finished(path)]
     if not runs:
         raise RunError(
             f"{directory} holds no finished run. Give a run's directory, or that of an experiment."
@@ -115,7 +115,8 @@ def read(directory: str | Path) -> Records:
     return Records(directory, tuple(runs), missing)
 
 
-def _is_finished(directory: Path) -> bool:
+def is_finished(directory: Path) -> bool:
+    """Return whether a directory is a run's that was trained and evaluated."""
     return (directory / RESULTS).is_file() and (directory / CONFIG).is_file()
 
 

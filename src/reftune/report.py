@@ -276,16 +276,15 @@ def _generations(records: Records) -> Iterator[Section]:
         if not columns:
             continue
         judged = _result(records, task).get("metric") != "answered"
-        first = next(iter(columns.values()))[: SHOWN if judged else REPLIES]
+        shown, length, marks = (SHOWN, 400, ("✗ ", "✓ ")) if judged else (REPLIES, 1000, ("", ""))
+        first = next(iter(columns.values()))[:shown]
         header = ("prompt", "answer", *(["base"] if base else []), *columns)
         rows = []
         for number, sample in enumerate(first):
             replies = [found[number] for found in ([base] if base else []) if number < len(found)]
             replies += [found[number] for found in columns.values() if number < len(found)]
             if len(replies) == len(header) - 2 and {r.index for r in replies} == {sample.index}:
-                marks = (("✓ " if r.score > 0.5 else "✗ ") if judged else "" for r in replies)
-                texts = (_cut(r.completion, 400 if judged else 1000) for r in replies)
-                marked = map("".join, zip(marks, texts, strict=True))
+                marked = (marks[r.score > 0.5] + _cut(r.completion, length) for r in replies)
                 rows.append((_cut(sample.prompt), _cut(sample.gold), *marked))
         tables.append(Table(header, rows, long=True))
         names.append(f"{len(rows)} examples of {task}")

@@ -160,8 +160,7 @@ def _evaluate(
     )
     if processes().is_main:
         generators = {"adapter": config.name, "base": config.model}
-        found = {who: generators[who] for who in scores.get(alpaca_eval.NAME, {})}
-        alpaca_eval.write_outputs(tasks, samples, found)
+        alpaca_eval.write_outputs(tasks, scores, samples, generators)
     known = base_scores or {}
     return {
         task: ({"base": dict(known[task])} if task in known else {}) | found

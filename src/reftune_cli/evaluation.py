@@ -17,6 +17,7 @@ from rich.table import Table
 from reftune import alpaca_eval, evaluate
 from reftune.errors import ReftConfigError
 from reftune.generate import HFEngine
+from reftune.records import is_finished
 from reftune.run import RESULTS, Reporter, find_adapter, load_adapter, write_text
 from reftune.tasks import Task, get_task
 from reftune_cli.chat import load_chat, named_adapter
@@ -64,8 +65,7 @@ class Request:
 
         Raises ReftConfigError for a folder with a training run's results, which would be lost.
         """
-        path = self.folder and self.folder / RESULTS
-        if path and path.is_file() and _keys(path) - {"tasks"}:
+        if self.folder and is_finished(self.folder):
             raise ReftConfigError(
                 f"--out is {self.folder}, whose {RESULTS} is what a training run left there. "
                 f"Give another folder, for instance {self.folder}/evaluated."
@@ -85,8 +85,7 @@ class Request:
             adapters=names,
         )
         if self.folder:
-            generators = {who: who for who in results.get(alpaca_eval.NAME, {})}
-            alpaca_eval.write_outputs(tasks, self.folder / "samples", generators)
+            alpaca_eval.write_outputs(tasks, results, self.folder / "samples")
         self.keep(RESULTS, results)
         return results
 
@@ -97,15 +96,6 @@ class Request:
         if self.folder is not None:
             text = json.dumps({"tasks": results}, indent=2, default=default)
             write_text(self.folder / name, text + "\n")
-
-
-def _keys(path: Path) -> set[str]:
-    """Return the keys of a JSON object; nothing for a file that holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return set()
-    return set(found) if isinstance(found, dict) else set()
 
 
 def evaluate_with_hf(request: Request, reporter: Reporter) -> dict[str, Any]:
