@@ -1,9 +1,12 @@
 """What the Hub refuses, in words: what we got and what to do, and never a traceback."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from peft import get_peft_model
@@ -14,11 +17,12 @@ import fake_hub
 import reftune
 from fake_hub import FakeHub
 from hub_tiny import BASE, DATA, files_in, hub_in_place, online
-from reftune.data import load_rows
+from reftune.data import load_rows, source_name
 from reftune.errors import DataError, RunError
 from reftune.hub import commit_of, is_hub_name, split_revision
 from reftune.models import load_model
 from reftune.stored import find_adapter
+from reftune.tasks import get_task
 from reftune_cli import app
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -145,6 +149,35 @@ def test_data_of_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(DataError, match=says):
             load_rows(name)
+
+
+def test_data_with_a_loading_script(hub: FakeHub) -> None:
+    scripted = hub.add("user/scripted", {"scripted.py": b""}, "datasets")
+    there = "user/scripted@refs/convert/parquet"
+    with pytest.raises(DataError, match=rf"found scripted\.py\. .* write {there}\."):
+        load_rows("user/scripted")
+    rows = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", "b"]}), rows)
+    scripted.commit("refs/convert/parquet", {"default/train/0000.parquet": rows.getvalue()})
+    assert [row.fields["prompt"] for row in load_rows(there)] == ["a", "b"]
+    assert source_name(there) == there
+
+
+def test_sets_that_are_one_file_of_a_repository(hub: FakeHub) -> None:
+    sums = b'{"input": "Al has 3 hats ?", "target": 3.0}\n'
+    files = {"data/mawps/addsub.jsonl": sums, "data/mawps/singleop.jsonl": b"{", "x.py": b""}
+    hub.add("HuggingFaceTB/math_tasks", files, "datasets")
+    replies = json.dumps([{"instruction": "Hi", "output": "Ho", "generator": "it"}]).encode()
+    with pytest.raises(DataError, match=r"no data set of that name.* give data\.data_dir"):
+        get_task("alpaca_eval")
+    script = {"alpaca_eval.py": b"", "alpaca_eval.json": replies}
+    hub.add("tatsu-lab/alpaca_eval", script, "datasets")
+    task = get_task("AddSub")
+    assert (task.num_examples, task.gold(task.example(0))) == (1, "3")
+    instruct = get_task("alpaca_eval", "hub")
+    assert instruct.gold(instruct.example(0)) == "Ho"
+    with pytest.raises(DataError, match=r"data/mawps/multiarith\.jsonl.* give data\.data_dir"):
+        get_task("MultiArith")
 
 
 def test_what_is_here_is_no_name_of_the_hub(

@@ -147,6 +147,15 @@ SAMPLES: list[tuple[str, dict[str, Any], str, str]] = [
         "1.0",
     ),
     (
+        "AddSub",
+        {"input": "Al has 3 hats and 2.5 caps . How many in all ?", "target": 5.5},
+        "Al has 3 hats and 2.5 caps . How many in all ? ",
+        "5.5",
+    ),
+    ("AddSub", {"input": "Al has 3 hats ?", "target": 3.0}, "Al has 3 hats ? ", "3"),
+    ("MultiArith", {"input": "Al has 3 hats?", "target": 3}, " Al has 3 hats? ", "3.0"),
+    ("SingleEq", {"input": "Al has 3 hats ?", "target": 3.0}, "Al has 3 hats ?", "3.0"),
+    (
         "AQuA",
         {
             "question": "How wide is it? ",
@@ -238,8 +247,8 @@ def test_what_is_nowhere_says_where_it_was_looked_for(tmp_path: Path) -> None:
         DataError, match=r"trec/test\.json or TREC\.test\.all\.jsonl or .* not exist"
     ):
         get_task("words/trec", tmp_path)
-    with pytest.raises(DataError, match=r"AddSub has no test split without a data_dir"):
-        get_task("AddSub")
+    with pytest.raises(DataError, match=r"ultrafeedback has no train split without a data_dir"):
+        get_task("ultrafeedback", split="train")
     with pytest.raises(DataError, match=r"SVAMP has no train split .*: the Hub's ChilleD/SVAMP"):
         get_task("SVAMP", "hub", "train")
 
@@ -284,6 +293,16 @@ def test_real_rows_come_out_as_they_were(name: str) -> None:
     rows = json.loads((LLM_ADAPTERS / name / "test.json").read_text())
     for row in rows:
         assert dict(to_row(name, Row(_original(name, row), "")).fields) == row
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["AddSub", "MultiArith", "SingleEq"])
+def test_real_sums_have_the_same_questions_and_answers(name: str) -> None:
+    for row in json.loads((LLM_ADAPTERS / name / "test.json").read_text()):
+        original = {"input": row["instruction"].strip(), "target": float(row["answer"])}
+        made = to_row(name, Row(original, "")).fields
+        assert made["instruction"] == row["instruction"]
+        assert float(made["answer"]) == float(row["answer"])
 
 
 @needs_data

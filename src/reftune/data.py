@@ -236,7 +236,8 @@ def _read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
         )
         for index, fields in enumerate(loaded):
             yield Row(fields, f"{source}[{index}]")
-    except (OSError, ValueError) as error:  # datasets' and the Hub's errors derive from these
+    except (OSError, ValueError, RuntimeError) as error:
+        # datasets' and the Hub's errors derive from the first two; of a script it is the third.
         asked = source.partition(":")[0]
         why = in_words(error, asked, "data set")
         if why is None and isinstance(error, datasets.exceptions.DatasetNotFoundError):
@@ -244,12 +245,22 @@ def _read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
         raise DataError(
             why
             or f"The data set {source!r} (split {split!r}) is no file or directory here, and "
-            f"cannot be loaded from the Hub: {error}"
+            f"cannot be loaded from the Hub: {error}{_converted(error, name)}"
         ) from error
+
+
+def _converted(error: Exception, name: str) -> str:
+    """Say where the Hub keeps the rows that a loading script makes."""
+    if not isinstance(error, RuntimeError) or "script" not in str(error):
+        return ""
+    return f". The Hub may have its rows as parquet: write {name}@refs/convert/parquet."
 
 
 def _looks_like_path(source: str) -> bool:
     starts = source.startswith((".", "~", os.sep))
+    name, _, revision = source.partition("@")
+    if revision.startswith("refs/"):  # where the Hub keeps the rows of scripts, and pull requests
+        source = name
     return starts or source.count("/") > 1 or Path(source).suffix in _READERS
 
 

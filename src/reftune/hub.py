@@ -79,7 +79,11 @@ def fetch(name: str, kind: str, files: Sequence[str], largest: int | None = None
                         f"{file.rfilename} of the {kind} {name!r} has {size:,} bytes; "
                         f"accepted here are files of up to {largest:,}."
                     )
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+        return Path(
+            snapshot_download(
+                repo, repo_type=_type(kind), revision=revision, allow_patterns=list(files)
+            )
+        )
 
 
 def commit_of(name: str) -> str | None:
@@ -124,12 +128,14 @@ def why_not(name: str, kind: str) -> str | None:
     """Return what the Hub says about a name, asked anew; None: it is there."""
     repo, revision = split_revision(name)
     try:
-        HfApi().repo_info(
-            repo, revision=revision, repo_type="dataset" if kind == "data set" else "model"
-        )
+        HfApi().repo_info(repo, revision=revision, repo_type=_type(kind))
     except (OSError, ValueError, HTTPError) as error:
         return in_words(error, name, kind)
     return None
+
+
+def _type(kind: str) -> str:
+    return "dataset" if kind == "data set" else "model"
 
 
 def _parted(name: str) -> tuple[str, str | None]:
@@ -202,7 +208,7 @@ def _sent() -> str:
 def _revisions(repo: str, wanted: str | None, kind: str) -> str:
     """Return which branches and tags there are, if the Hub tells."""
     try:
-        refs = HfApi().list_repo_refs(repo, repo_type="dataset" if kind == "data set" else "model")
+        refs = HfApi().list_repo_refs(repo, repo_type=_type(kind))
     except (OSError, ValueError, HTTPError):
         return ""
     known = [ref.name for ref in (*refs.branches, *refs.tags)]

@@ -7,7 +7,8 @@ from types import MappingProxyType
 from typing import Final, Literal
 
 from reftune.data import Row, iter_rows
-from reftune.errors import DataError
+from reftune.errors import DataError, RunError
+from reftune.hub import fetch
 from reftune.tasks.hub import SETS
 
 HUB: Final = "hub"
@@ -73,9 +74,13 @@ def _hub_rows(name: str, split: Literal["train", "test"]) -> Iterator[Row]:
             f"that holds {name}/{split}.json."
         )
     source = f"{where.path}:{where.config}" if where.config else where.path
+    there = where.splits[split]
     try:
-        yield from iter_rows(source, where.splits[split])
-    except DataError as error:
+        if Path(there).suffix in SUFFIXES:
+            yield from iter_rows(fetch(where.path, "data set", [there]) / there)
+        else:
+            yield from iter_rows(source, there)
+    except (DataError, RunError) as error:
         raise DataError(
             f"{error} Where there is no Hub, give data.data_dir, a folder that holds "
             f"{name}/{split}.json."
