@@ -320,6 +320,26 @@ def test_a_killed_process_is_a_failed_cell_and_does_not_stop_the_rest(
     assert [row["status"] for row in read_cells(experiment)] == ["done", "failed"]
 
 
+def note_the_gpu(experiment: Experiment, cell: Any, threads: int) -> Outcome:
+    """Write what this process may see, from before anything of ours was imported, and no more."""
+    note = Path(experiment.cells[0].config.output_dir) / f"{cell.name}.gpu"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {threads}")
+    return Outcome(cell.name, cell.variant, cell.point, cell.seed, "failed", "only noted")
+
+
+def test_each_process_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells_module, "_in_process", note_the_gpu)
+    monkeypatch.setattr(cells_module, "usable_cpus", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    experiment = load_experiment(write(tmp_path, methods=TWO, seeds=[1, 2]))
+    run_cells(experiment, jobs=2)
+    notes = [p.read_text() for p in Path(experiment.cells[0].config.output_dir).glob("*.gpu")]
+    assert len(notes) == 4
+    assert set(notes) == {"2 4", "5 4"}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
+
+
 def test_the_verb_lists_and_runs_and_names_wrong_seeds(tmp_path: Path) -> None:
     path = write(tmp_path, methods=TWO)
     code, output = invoke("experiment", str(path), "--dry-run", "--seeds", "1,2")

@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from reftune.errors import DataError, RunError
-from reftune.workers import in_workers, one_thread_tokenizers
+from reftune.workers import in_workers, one_thread_tokenizers, seeing_one_gpu
 
 
 def slow_at_first(item: int) -> tuple[int, int]:
@@ -81,3 +82,28 @@ def test_what_the_user_said_about_threads_is_kept(
     with one_thread_tokenizers():
         assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+
+
+@pytest.mark.parametrize(
+    ("before", "gpus", "seen"),
+    [
+        ("2,5", 8, ["2", "5", "2"]),
+        ("GPU-ab", 8, ["GPU-ab"] * 3),
+        (None, 2, ["0", "1", "0"]),
+        (None, 0, [None] * 3),
+        ("", 2, [""] * 3),
+    ],
+)
+def test_processes_see_one_gpu_each(
+    before: str | None, gpus: int, seen: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    found = []
+    for place in range(3):
+        with seeing_one_gpu(place):
+            found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert found == seen
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before

@@ -14,11 +14,12 @@ import gc
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import time
 import traceback
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from reftune.run import (
 )
 from reftune.settings import RunConfig
 from reftune.sources import choosing_data, tasks_of
+from reftune.workers import seeing_one_gpu, usable_cpus
 
 CELLS = "cells.jsonl"
 BASE = "base"
@@ -291,7 +293,7 @@ def _in_processes(
             base_scores(experiment, cell.config, reporter)
     killed = yield from _in_pool(experiment, todo, jobs, reporter)
     if killed:
-        reporter.say("A process was killed. The cells that it took along run one at a time.")
+        reporter.say("A process was killed. Its cell is tried once more, and alone.")
     for cell in killed:
         if (yield from _in_pool(experiment, [cell], 1, reporter)):
             text = "its process was killed, perhaps for lack of memory"
@@ -301,25 +303,39 @@ def _in_processes(
 def _in_pool(
     experiment: Experiment, todo: Sequence[Cell], jobs: int, reporter: Reporter
 ) -> Generator[Outcome, None, list[Cell]]:
-    """Run cells in processes; return those that are unfinished because one of these was killed."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
-    killed = []
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {pool.submit(_in_process, experiment, cell, threads): cell for cell in todo}
-        try:
-            for future in concurrent.futures.as_completed(futures):
+    """Run cells in processes, each with a GPU if there are any; return those that were killed."""
+    threads = max(1, usable_cpus() // jobs)
+    waiting, killed = deque(todo), list[Cell]()
+    pools = {place: _one_process() for place in range(jobs)}
+    running: dict[Future[Outcome], tuple[Cell, int]] = {}
+    try:
+        while waiting or running:
+            for place in sorted(set(pools) - {place for _, place in running.values()}):
+                if waiting:
+                    cell = waiting.popleft()
+                    with seeing_one_gpu(place):
+                        future = pools[place].submit(_in_process, experiment, cell, threads)
+                    running[future] = cell, place
+            done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
+            for future in done:
+                cell, place = running.pop(future)
                 try:
                     outcome = future.result()
                 except BrokenProcessPool:
-                    killed.append(futures[future])
+                    killed.append(cell)
+                    pools[place].shutdown()
+                    pools[place] = _one_process()
                     continue
                 reporter.say(f"{outcome.cell}: {outcome.status}")
                 yield outcome
-        finally:
-            for future in futures:
-                future.cancel()
+    finally:
+        for pool in pools.values():
+            pool.shutdown(cancel_futures=True)
     return killed
+
+
+def _one_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _in_process(experiment: Experiment, cell: Cell, threads: int) -> Outcome:

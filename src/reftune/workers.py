@@ -77,6 +77,31 @@ def one_thread_tokenizers() -> Iterator[None]:
             os.environ[name] = before
 
 
+@contextmanager
+def seeing_one_gpu(place: int) -> Iterator[None]:
+    """Have processes that are started in a block see one of the GPUs that this one sees.
+
+    Places 0, 1, ... have the first GPU, the second, and so on, and the first again after the last.
+    The environment says it, since libraries look for GPUs when they are imported: later is too
+    late. Where there is no GPU, nothing is changed.
+    """
+    import torch
+
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    listed = range(torch.cuda.device_count()) if before is None else before.split(",")
+    gpus = [text for k in listed if (text := str(k).strip())]
+    if gpus:
+        os.environ[name] = gpus[place % len(gpus)]
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        else:
+            os.environ.pop(name, None)
+
+
 def _submit(pool: ProcessPoolExecutor, item: Any) -> Future[Any]:
     with warnings.catch_warnings():
         # Python 3.12 on a fork with threads: no worker uses what they may hold

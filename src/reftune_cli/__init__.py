@@ -91,7 +91,10 @@ def experiment(
     data_dir: Annotated[
         str | None, typer.Option(help="folder of task data, or hub; default: as in the YAML")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="cells at a time", min=1)] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(help="cells at a time, each on a GPU of its own if there are so many", min=1),
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the cells")] = False,
 ) -> None:
     """Train and evaluate methods, settings and seeds; finished cells are not run again."""
