@@ -265,9 +265,7 @@ def _one_after_another(
     for number, cell in enumerate(todo, 1):
         reporter.say(f"[{number}/{len(todo)}] {cell.name}")
         yield _with_base(experiment, cell, reporter)
-        gc.collect()  # a model and its optimizer, before the next ones are loaded
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _let_go()
 
 
 def _with_base(experiment: Experiment, cell: Cell, reporter: Reporter) -> Outcome:
@@ -291,6 +289,7 @@ def _in_processes(
     for cell in todo:
         with suppress(Exception):  # the cell's own process meets it again, and records it
             base_scores(experiment, cell.config, reporter)
+        _let_go()
     killed = yield from _in_pool(experiment, todo, jobs, reporter)
     if killed:
         reporter.say("A process was killed. Its cell is tried once more, and alone.")
@@ -341,6 +340,13 @@ def _one_process() -> ProcessPoolExecutor:
 def _in_process(experiment: Experiment, cell: Cell, threads: int) -> Outcome:
     torch.set_num_threads(threads)
     return _with_base(experiment, cell, Silent())
+
+
+def _let_go() -> None:
+    """Free a model and its optimizer, before the next ones are loaded, here or by others."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _since(start: float) -> float:
