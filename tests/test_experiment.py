@@ -11,9 +11,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from reftune import base_model
 from reftune import cells as cells_module
+from reftune.base_model import base_scores
 from reftune.callbacks import Progress
-from reftune.cells import Outcome, base_scores, run_cells
+from reftune.cells import Outcome, run_cells
 from reftune.errors import ReftConfigError, RunError, RunInterrupted
 from reftune.experiment import Experiment, load_experiment
 from reftune.generate import HFEngine
@@ -104,6 +106,8 @@ def test_overrides_win_over_variants_but_not_silently_over_the_grid(tmp_path: Pa
     assert found.directory == tmp_path / "runs" / "other"
     with pytest.raises(ReftConfigError, match=r"adapter\.r is in the grid"):
         load_experiment(path, ["adapter.r=3"])
+    with pytest.raises(ReftConfigError, match=r"adapter is in the grid"):
+        load_experiment(path, ["adapter={method: lora}"])
 
 
 @pytest.mark.parametrize(
@@ -236,9 +240,9 @@ def test_the_base_model_is_evaluated_once_and_each_run_has_its_scores(
     evaluate = {"tasks": ["demo"], "limit": 2, "base": True, "show": 0}
     path = write(tmp_path, methods=TWO, evaluate=evaluate)
     calls: list[str] = []
-    load = cells_module._base_engine
+    load = base_model._base_engine
     monkeypatch.setattr(
-        cells_module, "_base_engine", lambda config: (calls.append(config.name), load(config))[1]
+        base_model, "_base_engine", lambda config: (calls.append(config.name), load(config))[1]
     )
     experiment = load_experiment(path)
     run_cells(experiment)
@@ -285,6 +289,56 @@ def test_cells_of_other_seeds_stay_listed(tmp_path: Path) -> None:
     shutil.rmtree(load_experiment(path, seeds=[1]).cells[0].config.directory)
     run_cells(load_experiment(path, seeds=[2]))
     assert [row["cell"] for row in read_cells(load_experiment(path))] == ["loreft-s2"]
+
+
+def test_seeds_that_were_run_with_other_settings_are_no_seeds_of_one_arm(tmp_path: Path) -> None:
+    path = write(tmp_path, methods={"loreft": TWO["loreft"]})
+    run_cells(load_experiment(path, seeds=[1]))
+    slower = load_experiment(path, ["train.learning_rate=0.5"], seeds=[2])
+    with pytest.raises(RunError, match=r"loreft-s1, another seed of loreft-s2.*learning_rate"):
+        run_cells(slower)
+    assert not slower.cells[0].config.directory.exists()
+    run_cells(load_experiment(path, ["evaluate.show=3"], seeds=[2]))
+
+
+def test_a_failed_cell_of_another_seed_stays_listed(tmp_path: Path) -> None:
+    methods = {"bad": {"adapter": {"method": "lora", "target_modules": ["nowhere"]}}}
+    path = write(tmp_path, methods=methods)
+    run_cells(load_experiment(path, seeds=[1]))
+    run_cells(load_experiment(path, seeds=[2]))
+    rows = read_cells(load_experiment(path))
+    assert [(row["cell"], row["status"]) for row in rows] == [
+        ("bad-s2", "failed"),
+        ("bad-s1", "failed"),
+    ]
+
+
+def test_a_base_that_fails_is_not_tried_by_several_processes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_base(*_: Any) -> None:
+        raise OSError("the Hub is away")
+
+    monkeypatch.setattr(cells_module, "base_scores", no_base)
+    monkeypatch.setattr(cells_module, "seeing_one_gpu", lambda _: pytest.fail("is started"))
+    experiment = load_experiment(write(tmp_path, methods=TWO))
+    outcomes = run_cells(experiment, jobs=2)
+    assert set(statuses(outcomes).values()) == {"failed"}
+    assert "the base model's evaluation: OSError: the Hub is away" in str(outcomes[0].error)
+
+
+def test_a_judge_gets_the_base_models_replies_too(tmp_path: Path) -> None:
+    rows = [{"instruction": "say zz", "output": "z!", "dataset": "koala"}]
+    (tmp_path / "alpaca_eval.json").write_text(json.dumps(rows))
+    evaluate = {"tasks": ["alpaca_eval"], "max_new_tokens": 3, "base": True, "show": 0}
+    path = write(tmp_path, evaluate=evaluate)
+    experiment = load_experiment(path, [f"data.data_dir={tmp_path}"])
+    assert statuses(run_cells(experiment)) == {"loreft-s42": "done"}
+    folder = experiment.cells[0].config.directory / "alpaca_eval"
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", "base.json"]
+    (reply,) = json.loads((folder / "base.json").read_text())
+    assert (reply["instruction"], reply["dataset"]) == ("say zz", "koala")
+    assert reply["generator"] == str(experiment.cells[0].config.model)
 
 
 def test_the_base_models_replies_are_beside_those_of_a_task_with_a_slash(tmp_path: Path) -> None:
@@ -363,6 +417,6 @@ def invoke(*args: str) -> tuple[int, str]:
 
 def test_the_engine_of_the_base_has_no_adapter(tmp_path: Path) -> None:
     config = load_experiment(write(tmp_path)).cells[0].config
-    engine = cells_module._base_engine(config)
+    engine = base_model._base_engine(config)
     assert isinstance(engine, HFEngine)
     assert not hasattr(engine.model, "peft_config")

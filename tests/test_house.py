@@ -100,6 +100,7 @@ ROOMS = (
     "publish",
     "harness",
     "experiment",
+    "base_model",
     "cells",
     "records",
     "figures",

@@ -192,6 +192,18 @@ def test_the_sign_test_is_scipys(wins: int, losses: int) -> None:
     assert sign_test(wins, losses) == sign_test(losses, wins)
 
 
+def test_samples_beyond_a_smaller_limit_are_left_out(tmp_path: Path) -> None:
+    right = {"boolq": [1, 0, 1, 1]}
+    make_run(tmp_path / "run", "loreft", 1, right, {"boolq": BASE["boolq"]})
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    results["tasks"]["boolq"]["adapter"]["n"] = 2
+    path.write_text(json.dumps(results))
+    (run,) = read(tmp_path / "run").runs
+    assert [s.index for s in run.samples("adapter", "boolq")] == [0, 1]
+    assert len(run.samples("base", "boolq")) == 4
+
+
 def test_the_pareto_front_is_what_nothing_beats_in_both() -> None:
     points = {"a": (1, 30.0), "b": (2, 50.0), "c": (3, 40.0), "d": (4, 60.0), "e": (4, 55.0)}
     front = pareto(points)

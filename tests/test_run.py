@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -179,6 +180,45 @@ def test_a_run_is_not_resumed_with_other_rows_left_out_of_training(
     else:
         with pytest.raises(RunError, match=named):
             execute(other, resume=True)
+
+
+def test_a_key_that_an_earlier_version_did_not_have_does_not_stop_a_resume(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    with pytest.raises(RunError, match="interrupted"):
+        execute(config, reporter=InterruptAt(3))
+    path = config.directory / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    assert values["train"].pop("warmup_ratio") is not None
+    path.write_text(yaml.safe_dump(values))
+    execute(config, resume=True)
+    assert len(losses(config)) == 6
+
+
+def test_what_a_run_that_never_began_leaves_is_in_nobodys_way(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, train={"max_steps": 1})
+    config.directory.mkdir(parents=True)
+    for name in ("error.txt", ".config.yaml.part"):
+        (config.directory / name).write_text("the disk was full")
+    execute(config)
+
+
+def test_a_run_that_is_half_removed_does_not_bear_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, train={"max_steps": 1})
+    execute(config)
+    removed: list[Path] = []
+
+    def killed(path: Path, **_: Any) -> None:
+        removed.append(Path(path))
+        if Path(path).exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        execute(config, overwrite=True)
+    assert removed[-1] != config.directory
+    assert not config.directory.exists()
 
 
 def test_a_directory_that_is_no_run_is_never_replaced(tmp_path: Path) -> None:

@@ -2,14 +2,23 @@
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from reftune.errors import DataError, RunError
-from reftune.workers import in_workers, one_thread_tokenizers, seeing_one_gpu
+from reftune.workers import (
+    end_with_parent,
+    in_workers,
+    one_thread_tokenizers,
+    seeing_one_gpu,
+)
 
 
 def slow_at_first(item: int) -> tuple[int, int]:
@@ -107,3 +116,49 @@ def test_processes_see_one_gpu_each(
             found.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
     assert found == seen
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+
+
+def say_who_and_wait(path: str) -> None:
+    end_with_parent()
+    end_with_parent()  # a pool's process does it for each item
+    assert sum("parent" in thread.name for thread in threading.enumerate()) == 1
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+PARENT = """
+import multiprocessing, sys
+from test_workers import say_who_and_wait
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=say_who_and_wait, args=sys.argv[1:]).start()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_process_of_a_pool_ends_with_its_parent(tmp_path: Path) -> None:
+    script, note = tmp_path / "parent.py", tmp_path / "pid"
+    script.write_text(PARENT)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(note)], env={**os.environ, "PYTHONPATH": paths}
+    )
+    child = int(waited_for(lambda: note.read_text() if note.is_file() else ""))
+    parent.kill()
+    parent.wait()
+    waited_for(lambda: "gone" if not alive(child) else "")
+
+
+def waited_for(look: Callable[[], str]) -> str:
+    for _ in range(1200):
+        if found := look():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("nothing in two minutes")
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

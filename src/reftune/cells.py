@@ -11,7 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import gc
-import hashlib
 import json
 import multiprocessing
 import shutil
@@ -23,17 +22,16 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 
-from reftune import evaluate
+from reftune.base_model import Scores, base_scores, share_base_samples
 from reftune.callbacks import CHECKPOINTS, Reporter, last_checkpoint
 from reftune.errors import RunError, RunInterrupted
 from reftune.experiment import Cell, Experiment, Point
-from reftune.generate import HFEngine
-from reftune.models import load_model, own_device
 from reftune.run import (
     CONFIG,
     MAY_DIFFER,
@@ -43,13 +41,12 @@ from reftune.run import (
     write_text,
 )
 from reftune.settings import RunConfig
-from reftune.sources import choosing_data, tasks_of
-from reftune.workers import seeing_one_gpu, usable_cpus
+from reftune.sources import choosing_data
+from reftune.workers import end_with_parent, seeing_one_gpu, usable_cpus
 
 CELLS = "cells.jsonl"
-BASE = "base"
+ERROR = "error.txt"  # of a cell that failed: the traceback
 Status = Literal["pending", "done", "failed", "interrupted"]
-Scores = Mapping[str, Mapping[str, Any]]
 # Keys that change no number of a run.
 _ANY = {"output_dir", "evaluate.show", "evaluate.batch_size", "evaluate.base"}
 
@@ -78,6 +75,7 @@ def run_cells(
     """
     reporter = reporter or Silent()
     earlier = rows_of(experiment)
+    _check_other_seeds(experiment)
     outcomes = {
         cell.name: replace(status_of(cell), seconds=earlier.get(cell.name, {}).get("seconds", 0.0))
         for cell in experiment.cells
@@ -122,12 +120,35 @@ def status_of(cell: Cell) -> Outcome:
 
 def changed_keys(config: RunConfig) -> list[str]:
     """Return the keys whose values differ from those that a directory was run with."""
-    if not (config.directory / CONFIG).is_file():
-        return []
-    before = dict(_flat(yaml.safe_load((config.directory / CONFIG).read_text(encoding="utf-8"))))
+    before = flat_config(config.directory)
     now = dict(_flat(config.model_dump(mode="json")))
     ignored = _ANY | {f"{section}.{key}" for section, keys in MAY_DIFFER.items() for key in keys}
     return sorted(k for k in now if k not in ignored and before.get(k, now[k]) != now[k])
+
+
+def flat_config(directory: Path) -> dict[str, Any]:
+    """Return what a directory was run with, {"train.epochs": 3}; {} where nothing was."""
+    path = directory / CONFIG
+    return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else {}
+
+
+def _check_other_seeds(experiment: Experiment) -> None:
+    """Raise RunError where a mean over seeds would be one over settings, too."""
+    asked = {cell.name for cell in experiment.cells}
+    for name, row in rows_of(experiment).items():
+        arm = row["variant"], row["point"]
+        same = [c for c in experiment.cells if (c.variant, json.loads(json.dumps(c.point))) == arm]
+        directory = experiment.directory / name
+        if name in asked or not same or not (directory / RESULTS).is_file():
+            continue
+        cell = same[0]
+        as_it_was = cell.config.model_copy(update={"name": name, "seed": row["seed"]})
+        if changed := changed_keys(as_it_was):
+            raise RunError(
+                f"{directory}, another seed of {cell.name}, was run with other settings "
+                f"({', '.join(changed)}): a mean over both would say nothing. Give the experiment "
+                "another name (name=...), or remove that directory."
+            )
 
 
 def rows_of(experiment: Experiment) -> dict[str, dict[str, Any]]:
@@ -140,7 +161,8 @@ def rows_of(experiment: Experiment) -> dict[str, dict[str, Any]]:
 def write_cells(experiment: Experiment, outcomes: Iterable[Outcome]) -> None:
     """Write the status of each cell, and the scores of what is finished.
 
-    Finished cells of the same directory that the experiment does not ask for now stay listed.
+    Cells of the same directory that the experiment does not ask for now stay listed, where they
+    are finished or have failed.
     """
     rows = {}
     for outcome in outcomes:
@@ -154,7 +176,8 @@ def write_cells(experiment: Experiment, outcomes: Iterable[Outcome]) -> None:
             row["train_seconds"] = results["train"]["seconds"]
         rows[outcome.cell] = row
     for cell, row in rows_of(experiment).items():
-        if cell not in rows and (experiment.directory / cell / RESULTS).is_file():
+        ended = RESULTS if row["status"] == "done" else ERROR
+        if cell not in rows and (experiment.directory / cell / ended).is_file():
             rows[cell] = row
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()]
     experiment.directory.mkdir(parents=True, exist_ok=True)
@@ -175,7 +198,8 @@ def run_cell(
         rows = {f"evaluate.{key}" for key in choosing_data(cell.config)}
         changed = changed_keys(cell.config)
         same = all(key.startswith("evaluate.") and key not in rows for key in changed)
-        resume = same and last_checkpoint(directory) is not None
+        known = (directory / CONFIG).is_file()
+        resume = same and known and last_checkpoint(directory) is not None
         execute(
             cell.config,
             resume=resume,
@@ -186,74 +210,15 @@ def run_cell(
     except (KeyboardInterrupt, RunInterrupted):
         return replace(outcome, status="interrupted")
     except Exception as error:  # one cell's failure is a result of the experiment
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / "error.txt", traceback.format_exc())
+        with suppress(OSError):  # the disk may be full, which is what has failed
+            directory.mkdir(parents=True, exist_ok=True)
+            write_text(directory / ERROR, traceback.format_exc())
         text = f"{type(error).__name__}: {error}"
         return replace(outcome, status="failed", error=text, seconds=_since(start))
-    (directory / "error.txt").unlink(missing_ok=True)
+    (directory / ERROR).unlink(missing_ok=True)
     if not keep_checkpoints:
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     return replace(outcome, seconds=_since(start))
-
-
-def base_scores(experiment: Experiment, config: RunConfig, reporter: Reporter) -> Scores | None:
-    """Evaluate the base model of a cell on what is not evaluated yet: {task: result}.
-
-    None where the cell does not ask for it; a classifier's base has no head.
-    """
-    if not config.evaluate.base or config.task_type != "causal_lm":
-        return None
-    folder = experiment.directory / BASE / _digest(config)
-    scores: dict[str, Any] = {}
-    engine: HFEngine | None = None
-    for task in tasks_of(config):
-        path = folder / f"{task.name}.json"
-        if not path.is_file():
-            if engine is None:
-                reporter.say(f"Evaluating the base model {config.model}")
-                engine = _base_engine(config)
-
-            def tell(done: int, total: int, name: str = task.name) -> None:
-                reporter.evaluating(f"{name}, base", done, total)
-
-            samples = folder / f"{task.name}.jsonl"
-            result = evaluate.run(task, engine, samples_path=samples, progress=tell)
-            write_text(path, json.dumps(dataclasses.asdict(result)) + "\n")
-        scores[task.name] = json.loads(path.read_text(encoding="utf-8"))
-    return scores
-
-
-def share_base_samples(experiment: Experiment, config: RunConfig) -> None:
-    """Put the base model's generations beside a cell's own, as a run has them."""
-    folder = experiment.directory / BASE / _digest(config)
-    target = config.directory / "samples" / "base"
-    for path in sorted(folder.rglob("*.jsonl")):  # words/sst2 is a task, and so a folder
-        copy = target / path.relative_to(folder)
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-
-
-def _base_engine(config: RunConfig) -> HFEngine:
-    model, tokenizer = load_model(
-        config.model,
-        config.dtype,
-        "cpu" if config.train.device == "cpu" else own_device(),
-        attn_implementation=config.attn_implementation,
-        quantization=config.quantization,
-    )
-    return HFEngine(model, tokenizer, config.evaluate.batch_size)
-
-
-def _digest(config: RunConfig) -> str:
-    """Return a name for what decides the base model's generations."""
-    asked = config.evaluate.model_dump(mode="json")
-    how = {key: asked[key] for key in asked if key not in ("tasks", "batch_size", "base", "show")}
-    model = [config.model, config.dtype, config.attn_implementation, config.data.data_dir]
-    if config.quantization is not None:
-        model.append(config.quantization)
-    text = json.dumps([model, how], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 # --- all of them ----------------------------------------------------------------------------------
@@ -269,28 +234,40 @@ def _one_after_another(
 
 
 def _with_base(experiment: Experiment, cell: Cell, reporter: Reporter) -> Outcome:
-    try:
-        base = base_scores(experiment, cell.config, reporter)
-    except KeyboardInterrupt:
-        raise
-    except Exception as error:
-        text = f"the base model's evaluation: {type(error).__name__}: {error}"
-        return Outcome(cell.name, cell.variant, cell.point, cell.seed, "failed", text)
+    base = _base_or_failure(experiment, cell, reporter)
+    if isinstance(base, Outcome):
+        return base
     outcome = run_cell(cell, base, experiment.keep_checkpoints, reporter)
     if outcome.status == "done":
         share_base_samples(experiment, cell.config)
     return outcome
 
 
+def _base_or_failure(
+    experiment: Experiment, cell: Cell, reporter: Reporter
+) -> Scores | Outcome | None:
+    try:
+        return base_scores(experiment, cell.config, reporter)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        text = f"the base model's evaluation: {type(error).__name__}: {error}"
+        return Outcome(cell.name, cell.variant, cell.point, cell.seed, "failed", text)
+
+
 def _in_processes(
     experiment: Experiment, todo: Sequence[Cell], jobs: int, reporter: Reporter
 ) -> Iterator[Outcome]:
     """Run cells in processes of their own; the base model is evaluated before, and once."""
+    ready = []
     for cell in todo:
-        with suppress(Exception):  # the cell's own process meets it again, and records it
-            base_scores(experiment, cell.config, reporter)
+        base = _base_or_failure(experiment, cell, reporter)
         _let_go()
-    killed = yield from _in_pool(experiment, todo, jobs, reporter)
+        if isinstance(base, Outcome):  # several processes would write the same files at once
+            yield base
+        else:
+            ready.append(cell)
+    killed = yield from _in_pool(experiment, ready, jobs, reporter)
     if killed:
         reporter.say("A process was killed. Its cell is tried once more, and alone.")
     for cell in killed:
@@ -338,6 +315,7 @@ def _one_process() -> ProcessPoolExecutor:
 
 
 def _in_process(experiment: Experiment, cell: Cell, threads: int) -> Outcome:
+    end_with_parent()
     torch.set_num_threads(threads)
     return _with_base(experiment, cell, Silent())
 

@@ -158,7 +158,9 @@ def _points(grid: Any, overridden: set[str], where: str) -> Iterator[Point]:
     else:
         raise ReftConfigError(f"{where}: grid is {grid!r}; accepted are keys with lists of values.")
     for point in points:
-        if both := overridden & set(point):
+        # "adapter={...}" would undo "adapter.r" without a word
+        both = {o for o in overridden for key in point if f"{key}.".startswith(f"{o}.")}
+        if both:
             raise ReftConfigError(
                 f"{', '.join(sorted(both))} is in the grid of {where} and overridden as well; "
                 "override the grid: 'grid={...}'."

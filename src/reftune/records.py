@@ -60,9 +60,13 @@ class Record:
         return [row for row in read_log(path) if "loss" in row] if path.is_file() else []
 
     def samples(self, who: str, task: str) -> list[Sample]:
-        """Return the generations of an evaluation; none where they were not kept."""
+        """Return the generations of an evaluation; none where they were not kept.
+
+        What was generated before the evaluation was made smaller (`evaluate.limit`) is left out.
+        """
         path = self.directory / "samples" / who / f"{task}.jsonl"
-        return read_samples(path) if path.is_file() else []
+        n = self.tasks.get(task, {}).get(who, {}).get("n", math.inf)
+        return [s for s in read_samples(path) if s.index < n] if path.is_file() else []
 
 
 @dataclass(frozen=True)

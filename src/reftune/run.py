@@ -16,7 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from reftune.methods import (
 )
 from reftune.models import EMBEDDED, load_model, resolve
 from reftune.plots import plot_loss
-from reftune.saving import save_adapter
+from reftune.saving import discard_directory, save_adapter
 from reftune.saving import write_text as write_text
 from reftune.settings import RunConfig, load_config
 from reftune.sources import choosing_data, read_examples, tasks_of, tokenise, without_leaks
@@ -207,7 +207,7 @@ def _prepare(config: RunConfig, resume: bool, overwrite: bool) -> None:
             )
         if not _is_run(directory):
             raise RunError(f"{directory} is no run of reftune; it will not be replaced.")
-        shutil.rmtree(directory)
+        discard_directory(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(earlier, config.to_yaml())
@@ -218,8 +218,11 @@ def _prepare(config: RunConfig, resume: bool, overwrite: bool) -> None:
 
 
 def _has_begun(directory: Path) -> bool:
-    """Return whether there is more in a directory than the config of a run that never began."""
-    return directory.is_dir() and any(path.name != CONFIG for path in directory.iterdir())
+    """Return whether there is more in a directory than a run that never began leaves there."""
+    return directory.is_dir() and any(
+        path.name not in (CONFIG, "error.txt") and not path.name.endswith(".part")
+        for path in directory.iterdir()
+    )
 
 
 def _is_run(directory: Path) -> bool:
@@ -231,25 +234,29 @@ def _is_run(directory: Path) -> bool:
 
 
 def _check_same(config: RunConfig, earlier: Path) -> None:
-    before, now = yaml.safe_load(earlier.read_text()), config.model_dump(mode="json")
-    changed = [
-        f"{section}.{key}" if isinstance(value, dict) else section
-        for section, value in now.items()
-        if section in WHAT_IS_TRAINED
-        for key in (value if isinstance(value, dict) else [section])
-        if key not in MAY_DIFFER.get(section, ())
-        if (value[key] if isinstance(value, dict) else value)
-        != (before.get(section, {}).get(key) if isinstance(value, dict) else before.get(section))
-    ]
-    asked, asked_before = now["evaluate"], before.get("evaluate", {})
-    changed += [
-        f"evaluate.{key}" for key in choosing_data(config) if asked[key] != asked_before.get(key)
-    ]
+    before, changed = yaml.safe_load(earlier.read_text()), []
+    for section, key, value in _decisive(config):
+        there = (before.get(section) or {}) if section else before
+        if there.get(key, value) != value:  # a key that an earlier version lacks is as it was
+            changed.append(f"{section}.{key}" if section else key)
     if changed:
         raise RunError(
             f"{earlier.parent} was started with other settings ({', '.join(changed)}), so it "
             "cannot be resumed with these. Use its own config.yaml, or another name."
         )
+
+
+def _decisive(config: RunConfig) -> Iterator[tuple[str, str, Any]]:
+    """Yield (section, key, value) of what decides the training; the section may be ""."""
+    values = config.model_dump(mode="json")
+    for name in (name for name in values if name in WHAT_IS_TRAINED):
+        inner = values[name]
+        if isinstance(inner, dict):
+            may_differ = MAY_DIFFER.get(name, ())
+            yield from ((name, key, v) for key, v in inner.items() if key not in may_differ)
+        else:
+            yield "", name, inner
+    yield from (("evaluate", key, values["evaluate"][key]) for key in choosing_data(config))
 
 
 def _base_name(config: RunConfig) -> tuple[str, str | None]:

@@ -45,6 +45,14 @@ def replace_directory(new: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def discard_directory(directory: Path) -> None:
+    """Remove a directory; one that is half removed does not bear its name."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(directory, old)
+    shutil.rmtree(old)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it."""
     part = path.with_name(f".{path.name}.part")

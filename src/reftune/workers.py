@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +21,7 @@ from reftune.errors import RunError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_WATCH = "end with the parent process"
 _function: Callable[[Any], Any]  # in a worker process only
 
 
@@ -100,6 +103,19 @@ def seeing_one_gpu(place: int) -> Iterator[None]:
             os.environ[name] = before
         else:
             os.environ.pop(name, None)
+
+
+def end_with_parent() -> None:
+    """End this process, of a pool, when the one that started it is gone: killed, it ends nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is None or any(thread.name == _WATCH for thread in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name=_WATCH).start()
 
 
 def _submit(pool: ProcessPoolExecutor, item: Any) -> Future[Any]:

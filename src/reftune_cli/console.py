@@ -161,7 +161,9 @@ def show_samples(config: RunConfig, task: str) -> None:
         table.add_column(name, ratio=1)
     wanted = config.evaluate
     example = get_task(task, config.data.data_dir, wanted.split, wanted.limit).example
-    for one, other in list(zip(base, ours, strict=True))[: config.evaluate.show]:
+    replies = {sample.index: sample for sample in ours}
+    both = [(one, replies[one.index]) for one in base if one.index in replies]
+    for one, other in both[: config.evaluate.show]:
         prompt = example(one.index).prompt
         text = prompt if isinstance(prompt, str) else one.prompt
         table.add_row(*(escape(_shorten(t)) for t in (text, one.completion, other.completion)))
