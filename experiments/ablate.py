@@ -14,7 +14,8 @@ as a word. DATA holds classification/TREC.{train,test}.all.jsonl.
 The cells are an experiment of reftune's (`reftune experiment`), which this file writes, runs and
 draws; a finished cell is not run again (--fresh forgets them all). --learning-rate is --rank's, and
 r times lower for r times the rank, as tuning on SST-2 found (benchmarks/results): what an edit adds
-grows with its rank. Tune learning rates with --split validation, never on the test set.
+grows with its rank. Tune learning rates with --split validation, never on the test set. The results
+are means over --seeds: give all of them at once, or more of them later.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from reftune.experiment import Experiment, load_experiment
 from reftune.models import resolve
 from reftune.run import RESULTS, Silent
 
-from .common import COLOURS, Numbers, Record, arguments, command_line, drawing, parser, quick, start
+from .common import COLOURS, arguments, command_line, drawing, parser, quick, start
+from .records import Numbers, Record, machine, without_fresh
 
 TASK = "words/trec"
 POSITIONS = ("l1", "f1+l1", "f7+l7", "all")
@@ -142,7 +144,7 @@ class Saying(Silent):
         print(text, flush=True)
 
 
-def collect(experiment: Experiment) -> tuple[dict[str, Numbers], float]:
+def collect(experiment: Experiment, fresh: bool) -> tuple[dict[str, Numbers], float]:
     """Return the numbers of each variant over its seeds, and the base model's accuracy.
 
     Raises RunError where a cell failed.
@@ -151,13 +153,16 @@ def collect(experiment: Experiment) -> tuple[dict[str, Numbers], float]:
     asked = {cell.name for cell in experiment.cells}  # the file has other seeds', too
     rows = [row for line in lines if (row := json.loads(line))["cell"] in asked]
     if failed := [f"{row['cell']}: {row['error']}" for row in rows if row["status"] != "done"]:
-        raise RunError(f"{len(failed)} cells are not finished: {'; '.join(failed[:3])}")
+        raise RunError(
+            f"{len(failed)} cells are not finished: {'; '.join(failed[:3])}. The same command "
+            f"tries them again.{without_fresh(fresh)}"
+        )
     found: dict[str, Numbers] = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
-        scores = [row["scores"][TASK] for row in mine]
+        scores = {str(row["seed"]): row["scores"][TASK] for row in mine}
         found[name] = {
-            "accuracy": statistics.mean(scores),
+            "accuracy": statistics.mean(scores.values()),
             "of seeds": scores,
             "parameters": mine[0]["parameters"],
             "train_seconds": statistics.mean(row["train_seconds"] for row in mine),
@@ -165,6 +170,21 @@ def collect(experiment: Experiment) -> tuple[dict[str, Numbers], float]:
     some = experiment.directory / rows[0]["cell"] / RESULTS
     base = json.loads(some.read_text(encoding="utf-8"))["tasks"][TASK]["base"]["value"]
     return found, base
+
+
+def machines(experiment: Experiment) -> list[dict[str, Any]]:
+    """Return what the cells were run on; this machine too, where some are to be run yet.
+
+    It is kept beside the cells: they may be finished, and given other results files, elsewhere.
+    """
+    path = experiment.directory / "machines.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+    missing = any(not (cell.config.directory / RESULTS).is_file() for cell in experiment.cells)
+    if missing and machine() not in found:
+        found.append(machine())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def grids(found: Mapping[str, Numbers], rank: int) -> dict[str, dict[str, dict[str, float]]]:
@@ -230,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     args.name, folder = name, name + ("-quick" if args.quick else "")
     kept = (
         *("model", "dtype", "rank", "examples", "tests", "epochs", "learning_rate"),
-        *("lora_learning_rate", "split", "seeds"),
+        *("lora_learning_rate", "split"),  # the seeds are the cells': more of them are no others
     )
     record = Record(args, {name: getattr(args, name) for name in kept})
     path = args.runs / f"{folder}.yaml"
@@ -238,8 +258,9 @@ def main(argv: Sequence[str] | None = None) -> Any:
     experiment = load_experiment(path)
     if args.fresh and (experiment.directory / CELLS).is_file():
         shutil.rmtree(experiment.directory)
+    record.machines = machines(experiment)
     run_cells(experiment, reporter=Saying())
-    found, base = collect(experiment)
+    found, base = collect(experiment, args.fresh)
     cells = grids(found, args.rank)
     record.cells = {
         n: numbers | {"seconds": numbers["train_seconds"]} for n, numbers in found.items()

@@ -33,8 +33,6 @@ from reftune.prompts import Example, encode_prompt
 
 from .common import (
     Batch,
-    Numbers,
-    Record,
     arguments,
     attached,
     check_layers,
@@ -51,6 +49,7 @@ from .common import (
     start,
     train,
 )
+from .records import Numbers, Record
 
 LONGEST = 8  # tokens of a word
 
@@ -162,11 +161,14 @@ def main(argv: Sequence[str] | None = None) -> Any:
         "rank",
     )
     record = Record(args, {name: getattr(args, name) for name in kept})
-    for size in args.sizes:
-        pairs = codebook(text, size, args.seed)
-        for layer in args.layers:
-            name = cell_name(size, layer)
-            record.measure(name, partial(learn, model, tokenizer, pairs, layer, args))
+    books = {size: codebook(text, size, args.seed) for size in args.sizes}
+    record.measure(
+        {
+            cell_name(size, layer): partial(learn, model, tokenizer, pairs, layer, args)
+            for size, pairs in books.items()
+            for layer in args.layers
+        }
+    )
     accuracy = {
         str(size): [
             round(record.cells[cell_name(size, layer)]["accuracy"], 3) for layer in args.layers

@@ -1,25 +1,16 @@
-"""What the experiments share: arguments, records that resume, training step by step, pictures.
-
-A results file NAME.json holds what was measured with what (`settings`, `versions`, `machine`), a
-`summary`, and for each cell its numbers and seconds. A run that was interrupted goes on where it
-stopped; numbers made with other settings or versions are never mixed into one file.
-"""
+"""What the experiments share beside their records: arguments, training step by step, pictures."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +21,16 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from reftune import options
 from reftune.data import Collator, TokenDataset
-from reftune.errors import DataError, ReftConfigError, ReftuneError, RunError
+from reftune.errors import DataError, ReftConfigError, ReftuneError, RunError, RunInterrupted
 from reftune.layers import find_layer_list
 from reftune.models import load_model
 from reftune.prompts import Encoded
 from reftune.train import TrainSettings, shortcuts
 
+from .records import DivergedError, without_fresh
+
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "claims"
 COLOURS = ("#1f6f8b", "#c98b2b", "#7a9e3c", "#a63d57", "#5c4b8a", "#4d4d4d")
-
-Numbers = dict[str, Any]
-"""What was measured of a cell, by name; JSON can hold it."""
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -52,6 +42,7 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
         prog=f"python -m experiments.{name}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `quick` and `command_line` look for options by their whole names
     )
     parser.set_defaults(name=name)
     parser.add_argument("--model", default="smollm2-135m", help="name, directory or Hub id")
@@ -69,12 +60,15 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 def command_line(main: Callable[[Sequence[str] | None], Any]) -> None:
     """Run an experiment from a shell: errors as a sentence, Ctrl-C as advice."""
+    leave_out = without_fresh("--fresh" in sys.argv)
     try:
         main(None)
+    except RunInterrupted as error:
+        raise SystemExit(f"\n{error}{leave_out}") from None
     except ReftuneError as error:
         raise SystemExit(f"Error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted; the same command goes on from here.") from None
+        raise SystemExit(f"\nInterrupted; the same command goes on from here.{leave_out}") from None
 
 
 def start(args: argparse.Namespace) -> None:
@@ -106,103 +100,6 @@ def arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> ar
     args = parser.parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     return args
-
-
-# --- records --------------------------------------------------------------------------------------
-
-
-class Record:
-    """The cells of an experiment, in memory and in a file."""
-
-    def __init__(self, args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
-        """Go on with the file in `--out`, if there is one and `--fresh` does not say otherwise.
-
-        `settings` are those that change a cell's numbers. Raises RunError where the file was made
-        with others.
-        """
-        name = f"{args.name}-quick" if args.quick else args.name
-        self.path: Path = args.out / f"{name}.json"
-        self.head = json.loads(
-            json.dumps({"settings": dict(settings), "versions": versions(), "machine": machine()})
-        )
-        self.cells: dict[str, Numbers] = {}
-        if args.fresh or not self.path.exists():
-            return
-        before = json.loads(self.path.read_text(encoding="utf-8"))
-        changed = [key for key in ("settings", "versions") if before[key] != self.head[key]]
-        if changed:
-            raise RunError(
-                f"{self.path} was measured with other {' and '.join(changed)}. Give another "
-                "--out, or --fresh to forget it."
-            )
-        self.cells = before["cells"]
-
-    @property
-    def picture(self) -> Path:
-        """Return where the picture of these results belongs."""
-        return self.path.with_suffix(".png")
-
-    def measure(self, cell: str, work: Callable[[], Numbers]) -> Numbers:
-        """Return a cell's numbers, measured now unless they were before; write the file."""
-        if cell not in self.cells:
-            began = time.perf_counter()
-            numbers = work()
-            self.cells[cell] = numbers | {"seconds": round(time.perf_counter() - began, 1)}
-            self.save()
-            print(f"{cell}: {brief(self.cells[cell])}", flush=True)
-        return self.cells[cell]
-
-    def save(self, summary: Any = None) -> None:
-        """Write the file under a temporary name and rename it; one line per cell."""
-        seconds = round(sum(cell.get("seconds", 0.0) for cell in self.cells.values()), 1)
-        head = self.head | {"seconds": seconds, "summary": summary}
-        cells = ",\n".join(
-            f"  {json.dumps(name)}: {json.dumps(numbers, ensure_ascii=False)}"
-            for name, numbers in self.cells.items()
-        )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f".{self.path.name}.part")
-        text = f'{json.dumps(head, indent=1)[:-2]},\n "cells": {{\n{cells}\n }}\n}}\n'
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path)
-
-    def finish(self, summary: Any, rows: Sequence[Sequence[str]]) -> Any:
-        """Write the file with its summary, print a table (its first row is the head), return it."""
-        self.save(summary)
-        seconds = sum(cell.get("seconds", 0.0) for cell in self.cells.values())
-        print(f"\n{table(rows)}\n\n{seconds:.0f} s of work; {self.path}, {self.picture.name}")
-        return summary
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows for reading: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            text.ljust(width) if i == 0 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def brief(numbers: Numbers) -> str:
-    """Return the plain numbers of a cell on one line."""
-    plain = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
-    return ", ".join(f"{name} {value:.4g}" for name, value in plain.items())
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide the numbers."""
-    found = {"python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-
-
-def machine() -> dict[str, Any]:
-    """Return what the numbers were made on."""
-    found: dict[str, Any] = {"cpus": os.cpu_count(), "processor": platform.machine()}
-    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 # --- models and training --------------------------------------------------------------------------
@@ -276,6 +173,7 @@ def train(
 
     A step is the mean of its batches' gradients. `stop(step, loss)` ends training early. The
     shortcuts are those of `reftune.train.fit`: what the adapter cannot change is computed once.
+    Raises DivergedError for a loss that is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -301,7 +199,7 @@ def train(
                 loss.backward()
                 total += loss.item()
             if not math.isfinite(total):
-                raise RunError(f"The loss is {total} at step {number}: lower the learning rate.")
+                break
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -310,6 +208,9 @@ def train(
             if stop(number, total):
                 break
     model.eval()
+    # Not before the shortcuts have ended: other cells are measured with this model.
+    if not math.isfinite(total):
+        raise DivergedError(f"the loss is {total} at step {number}")
     return losses
 
 

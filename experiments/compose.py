@@ -34,8 +34,6 @@ from reftune.prompts import Example, encode_prompt
 from .common import (
     COLOURS,
     Batch,
-    Numbers,
-    Record,
     arguments,
     attached,
     check_layers,
@@ -50,6 +48,7 @@ from .common import (
     start,
     train,
 )
+from .records import Numbers, Record
 
 SKILLS = ("capitals", "json")
 ARMS: Mapping[str, tuple[str, ...]] = {
@@ -227,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
         *("batch_size", "learning_rate", "new_tokens"),
     )
     record = Record(args, {name: getattr(args, name) for name in kept})
-    arms = record.measure("arms", lambda: dict(learn(model, tokenizer, examples, args)))
-    cells = {arm: arms[arm] for arm in ARMS}
+    record.measure({"arms": lambda: dict(learn(model, tokenizer, examples, args))})
+    cells = {arm: record.cells["arms"][arm] for arm in ARMS}
     draw(record, cells, args)
     names = [name for name in cells["none"] if name != "answers"]
     rows = [[arm, *(f"{numbers[n]:.2f}" for n in names)] for arm, numbers in cells.items()]

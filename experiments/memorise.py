@@ -37,8 +37,6 @@ from reftune.generate import HFEngine, Sampling
 
 from .common import (
     Batch,
-    Numbers,
-    Record,
     arguments,
     attached,
     check_layers,
@@ -55,6 +53,7 @@ from .common import (
     start,
     train,
 )
+from .records import Numbers, Record
 
 PROMPT = "ALIC#ID1->"
 KINDS = ("alice", "scrambled", "random")
@@ -179,6 +178,11 @@ def draw(target: Path, found: Shares, args: argparse.Namespace) -> None:
         panels[0].set_ylabel("share of characters recovered")
 
 
+def cell_name(kind: str, length: int, layer: int) -> str:
+    """Return the name of a cell in the results."""
+    return f"{kind} {length} tokens, layer {layer}"
+
+
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     options = parser("memorise", __doc__)
@@ -209,18 +213,22 @@ def main(argv: Sequence[str] | None = None) -> Any:
     text = alice(data_file(args, "alice_in_wonderland.txt").read_text(encoding="utf-8"))
     kept = ("model", "dtype", "seed", "epochs", "learning_rate", "method", "rank")
     record = Record(args, {name: getattr(args, name) for name in kept})
+    targets = {
+        (kind, length): text_ids(kind, text, tokenizer, length, args.seed)
+        for kind in args.kinds
+        for length in (args.lengths if kind == "alice" else args.control_lengths)
+    }
+    record.measure(
+        {
+            cell_name(*of, layer): partial(memorise, model, tokenizer, target, layer, args)
+            for of, target in targets.items()
+            for layer in args.layers
+        }
+    )
     found: Shares = {kind: {} for kind in args.kinds}
-    for kind in args.kinds:
-        for length in args.lengths if kind == "alice" else args.control_lengths:
-            target = text_ids(kind, text, tokenizer, length, args.seed)
-            cells = [
-                record.measure(
-                    f"{kind} {length} tokens, layer {layer}",
-                    partial(memorise, model, tokenizer, target, layer, args),
-                )
-                for layer in args.layers
-            ]
-            found[kind][str(length)] = [round(cell["recovered"], 3) for cell in cells]
+    for kind, length in targets:
+        cells = [record.cells[cell_name(kind, length, layer)] for layer in args.layers]
+        found[kind][str(length)] = [round(cell["recovered"], 3) for cell in cells]
     draw(record.picture, found, args)
     head = ["recovered at layer", *map(str, args.layers)]
     rows = [

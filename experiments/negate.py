@@ -36,8 +36,6 @@ from reftune.prompts import Example, encode_prompt
 from .common import (
     COLOURS,
     Batch,
-    Numbers,
-    Record,
     arguments,
     attached,
     check_layers,
@@ -52,6 +50,7 @@ from .common import (
     start,
     train,
 )
+from .records import Numbers, Record
 
 BEGINNING = 3  # words of a review that are the prompt
 LONG_ENOUGH = 10  # words of a review
@@ -200,10 +199,11 @@ def main(argv: Sequence[str] | None = None) -> Any:
         *("strengths", "examples", "tests", "new_tokens", "epochs", "batch_size", "learning_rate"),
     )
     record = Record(args, {name: getattr(args, name) for name in kept})
-    cell = record.measure(
-        "strengths",
-        lambda: dict(learn(model, tokenizer, training, tests[: args.tests], listed, args)),
+    tests = tests[: args.tests]
+    record.measure(
+        {"strengths": lambda: dict(learn(model, tokenizer, training, tests, listed, args))}
     )
+    cell = record.cells["strengths"]
     found = {f"{c:g}": cell[f"{c:g}"] for c in sorted(args.strengths)}
     draw(record, found, args)
     names = [name for name in next(iter(found.values())) if name != "texts"]

@@ -29,8 +29,6 @@ from reftune import ReftConfig
 from reftune.errors import ReftConfigError
 
 from .common import (
-    Numbers,
-    Record,
     arguments,
     attached,
     command_line,
@@ -41,6 +39,7 @@ from .common import (
     quick,
     start,
 )
+from .records import Numbers, Record
 
 SWEEPS: Mapping[str, tuple[int, ...]] = {
     "layers": (2, 4, 6, 8, 10),
@@ -177,11 +176,14 @@ def main(argv: Sequence[str] | None = None) -> Any:
     if args.quick:
         args.values = {sweep: [values[0], values[-1]] for sweep, values in args.values.items()}
     kept = ("model", "dtype", "seed", "threads", "rounds", "new_tokens")
-    record = Record(args, {name: getattr(args, name) for name in kept})
-    for sweep, values in args.values.items():
-        for value in values:
-            setting = replace(Setting(), **{sweep: value})
-            record.measure(f"{sweep} {value}", partial(measure, model, setting, args))
+    record = Record(args, {name: getattr(args, name) for name in kept}, times=True)
+    record.measure(
+        {
+            f"{sweep} {value}": partial(measure, model, replace(Setting(), **{sweep: value}), args)
+            for sweep, values in args.values.items()
+            for value in values
+        }
+    )
     draw(record, args)
     names = ("whole", "first", "bare whole", "bare first")
     rows = [

@@ -1,9 +1,11 @@
 """The scripts of experiments/: each on a tiny model, and what their numbers mean."""
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +13,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments import ablate, codebook, common, compose, memorise, negate, overhead
+from experiments import ablate, codebook, common, compose, memorise, negate, overhead, records
 
 from reftune import ReftConfig, options, reft_layers
+from reftune import cells as cells_module
 from reftune.data import TokenDataset
 from reftune.errors import DataError, ReftConfigError, RunError
+from reftune.experiment import Experiment
 from reftune.generate import HFEngine, Sampling
 from reftune.prompts import Example, encode_prompt
 from runs import tiny_model_directory
@@ -167,8 +171,35 @@ def test_what_is_measured_is_not_measured_again(
     assert [len(pairs) for pairs in calls] == [2, 3, 3]
     found = kept(place, "codebook")
     assert found["cells"]["2 pairs, layer 0"] == first["2 pairs, layer 0"]
-    with pytest.raises(RunError, match="other settings.*--fresh"):
+    with pytest.raises(RunError, match="other settings.*epochs 2, now 3.*--fresh"):
         run(codebook, place, *asked[:-1], "3")
+
+
+@pytest.mark.parametrize("sizes", [("2", "3"), ("3", "2")])
+def test_a_cell_that_diverges_does_not_keep_another_from_its_result(
+    place: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[str, ...]
+) -> None:
+    asked = ("--layers", "0", "--epochs", "3", "--sizes")
+    run(codebook, place, *asked, "2", "--out", str(place / "alone"))
+    alone = json.loads((place / "alone/codebook.json").read_text())["cells"]["2 pairs, layer 0"]
+    learn = codebook.learn
+
+    def too_fast(*given: Any) -> Any:
+        rate = float("inf") if len(given[2]) == 3 else given[-1].learning_rate
+        return learn(*given[:-1], argparse.Namespace(**vars(given[-1]) | {"learning_rate": rate}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codebook, "learn", too_fast)
+        with pytest.raises(RunError) as failure:
+            run(codebook, place, *asked, *sizes)
+    assert "1 of 2 cells have no result: 3 pairs, layer 0 (the loss is nan at" in str(failure.value)
+    assert not (place / "out/codebook.png").exists()
+    cells = json.loads((place / "out/codebook.json").read_text())["cells"]
+    assert list(cells) == ["2 pairs, layer 0"]
+    same = ("accuracy", "first_token", "loss", "epochs")
+    assert [cells["2 pairs, layer 0"][n] for n in same] == [alone[n] for n in same]
+    run(codebook, place, *asked, *sizes)
+    assert set(kept(place, "codebook")["cells"]) == {"2 pairs, layer 0", "3 pairs, layer 0"}
 
 
 def test_a_wrong_request_says_what_to_do(place: Path) -> None:
@@ -348,6 +379,9 @@ def test_overhead_is_a_ratio_within_a_round(place: Path, monkeypatch: pytest.Mon
     cell = kept(place, "overhead")["cells"]["rank 8"]
     assert cell["first"] == 1.5
     assert len(cell["rounds"]) == 3
+    monkeypatch.setattr(records, "machine", lambda: {"cpus": 96})
+    with pytest.raises(RunError, match="other machine.*cpus .*, now 96.*--fresh"):
+        run(overhead, place, "--sweeps", "rank", "prompt", "--rounds", "3")
 
 
 def test_overhead_of_real_generation(place: Path) -> None:
@@ -367,7 +401,7 @@ def test_layers_are_spread_evenly(layers: int, expected: list[int]) -> None:
 # --- layers and positions -------------------------------------------------------------------------
 
 
-def test_ablation(place: Path) -> None:
+def test_ablation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal rank and equal parameters are what they say, measured on the models as trained."""
     asked = ("--quick", "--examples", "16", "--tests", "4")
     run(ablate, place, *asked, "--runs", str(place / "runs"))
@@ -384,11 +418,35 @@ def test_ablation(place: Path) -> None:
     asked = (*asked, "--runs", str(place / "runs"))
     run(ablate, place, *asked, "--seeds", "2", "--out", str(place / "second"))
     found = json.loads((place / "second" / "ablate-quick.json").read_text())
-    assert all(len(numbers["of seeds"]) == 1 for numbers in found["cells"].values())
+    assert all(list(numbers["of seeds"]) == ["2"] for numbers in found["cells"].values())
+    # More seeds are no other settings: what is finished is not run again, wherever it was.
+    with monkeypatch.context() as patch:
+        patch.setattr(cells_module, "run_cell", None)
+        patch.setattr(ablate, "machine", lambda: {"cpus": 96})
+        run(ablate, place, *asked, "--seeds", "42", "2")
+        both = kept(place, "ablate-quick")
+        run(ablate, place, *asked, "--seeds", "2")
+    assert both["machines"] == [records.machine()]
+    for name, numbers in both["cells"].items():
+        each = cells[name]["accuracy"], found["cells"][name]["accuracy"]
+        assert numbers["of seeds"] == dict(zip(("42", "2"), each, strict=True))
+        assert numbers["accuracy"] == pytest.approx(sum(each) / 2)
+    again = kept(place, "ablate-quick")["cells"]
+    assert all(list(numbers["of seeds"]) == ["2"] for numbers in again.values())
     with pytest.raises(RunError, match="--fresh"):
         run(ablate, place, *asked, "--rank", "2")
     run(ablate, place, *asked, "--rank", "2", "--fresh")
     assert kept(place, "ablate-quick")["settings"]["rank"] == 2
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_an_ablation_with_a_cell_that_failed_says_what_to_do(tmp_path: Path, fresh: bool) -> None:
+    row = {"cell": "lora-s42", "status": "failed", "error": "no memory"}
+    write(tmp_path / cells_module.CELLS, json.dumps(row))
+    experiment = Experiment("x", tmp_path, (SimpleNamespace(name="lora-s42"),), False, "")
+    with pytest.raises(RunError, match="lora-s42: no memory. The same command") as failure:
+        ablate.collect(experiment, fresh)
+    assert ("Leave out --fresh" in str(failure.value)) is fresh
 
 
 def test_the_grids_hold_the_lowest_ranks_and_the_highest() -> None:

@@ -200,6 +200,15 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load_model(str(tmp_path), "bfloat1")  # type: ignore[arg-type]
 
 
+def test_a_tokenizer_model_without_sentencepiece_says_what_is_missing(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    for file in path.glob("*token*"):
+        file.unlink()
+    (path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    with pytest.raises(RunError, match=r"tiktoken.*pip install sentencepiece protobuf"):
+        load_model(str(path))
+
+
 def test_importing_the_module_loads_no_heavy_library() -> None:
     script = (
         "import importlib.util, sys, types\n"

@@ -159,7 +159,7 @@ def test_both_forms_of_gsm8k_score_alike(tmp_path: Path) -> None:
         ("gsm8k", row("1", "a ### Response: b"), "### Response:"),
         ("gsm8k", {"question": "q", "answer": "no mark"}, "gsm8k cannot be read from this row"),
         ("gsm8k", {"prompt": "q"}, "its columns are prompt"),
-        ("AddSub", {"prompt": "q"}, "this one's columns are prompt"),
+        ("AddSub", {"prompt": "q"}, "AddSub cannot be read from .*columns are prompt"),
         ("gsm8k_cot", {"question": "q", "answer": "none"}, "a number after '####'"),
     ],
 )

@@ -171,7 +171,7 @@ SAMPLES: list[tuple[str, dict[str, Any], str, str]] = [
         {
             "Question": "Al has N_00 hats and N_01 caps .",
             "Numbers": "8.0 2.5",
-            "Equation": "+ N_00 N_01",
+            "Equation": "N_00 + N_01",
             "Answer": 10.5,
         },
         "Al has 8 hats and 2.5 caps .",
@@ -200,6 +200,28 @@ def test_an_original_row_becomes_llm_adapters_row(
     assert (own.prompt, own.completion) == (theirs.prompt, theirs.completion)
     if name in ("boolq", "ARC-Easy"):
         assert made["output"] == f"the correct answer is {answer}"
+
+
+@pytest.mark.parametrize("name", ["mawps", "mawps-asdiv"])
+@pytest.mark.parametrize(
+    ("equation", "numbers", "answer", "output"),
+    [
+        ("( N_00 + N_01 ) / N_02", "8 2 5.0", 2, "(8 + 2) / 5 = 2. The answer is 2."),
+        ("N_01 * ( N_00 - N_02 )", "8.0 2 5", 6.0, "2 * (8 - 5) = 6. The answer is 6."),
+        ("/ + N_00 N_01 N_02", "8 2 5", 2, "(8 + 2) / 5 = 2. The answer is 2."),
+        ("- number0 number1", "9.0 3.0", 6.0, "9 - 3 = 6. The answer is 6."),
+        ("N_00 - N_01", "9 3", 7, "The answer is 7."),  # as some rows are
+        ("N_00 / N_01", "9 0", 7, "The answer is 7."),
+        ("N_00 ** N_01", "9 1", 9, "The answer is 9."),
+        ("+ N_00", "9", 9, "The answer is 9."),
+        ("x = N_00", "9", 9, "The answer is 9."),
+    ],
+)
+def test_equations_in_both_notations_become_a_worked_step(
+    name: str, equation: str, numbers: str, answer: float, output: str
+) -> None:
+    row = {"Question": "How many ?", "Numbers": numbers, "Equation": equation, "Answer": answer}
+    assert to_row(name, Row(row, "x")).fields["output"] == output
 
 
 def test_every_set_that_is_converted_has_a_sample() -> None:

@@ -136,7 +136,13 @@ def _quantized(
 def cannot_load(name: str, error: Exception, what: str = "") -> str:
     """Return why a model cannot be loaded: the Hub's reason in a sentence, else the error's own."""
     why = in_words(error, name, "model")
-    return why or f"The model {name!r} cannot be loaded{what}: {error}"
+    hint = ""
+    if "tiktoken" in str(error) or "sentencepiece" in str(error).lower():
+        hint = (
+            " If its tokenizer is a tokenizer.model of SentencePiece (Llama 1 and 2), what is "
+            "missing is: pip install sentencepiece protobuf"
+        )
+    return why or f"The model {name!r} cannot be loaded{what}: {error}{hint}"
 
 
 def cache_directory() -> Path:

@@ -5,8 +5,10 @@ letter for letter. So is a commonsense row's output ("the correct answer is " + 
 arithmetic sets were written by a language model there; here they are the set's own solution.
 """
 
+import ast
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias, final
@@ -41,20 +43,14 @@ def to_row(name: str, row: Row) -> Row:
     """
     if "instruction" in row.fields:
         return row
-    convert = CONVERTERS.get(name)
     try:
-        if convert is not None:
-            return Row(convert(row.fields), row.where)
+        return Row(CONVERTERS[name](row.fields), row.where)
     except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise DataError(
             f"{row.where}: {name} cannot be read from this row ({error!r}): its columns are "
             f"{', '.join(map(str, row.fields))}. Give LLM-Adapters' rows (instruction, input, "
             "output, answer), or the data set's original ones."
         ) from error
-    raise DataError(
-        f"{row.where}: {name} has LLM-Adapters' rows (instruction, input, output, answer); this "
-        f"one's columns are {', '.join(map(str, row.fields))}."
-    )
 
 
 def number(value: Any) -> str:
@@ -163,30 +159,47 @@ def _mawps(row: Fields) -> dict[str, str]:
 
 
 def _masked(row: Fields) -> dict[str, str]:
-    """Fill numbers into "number0" or "N_00", and turn "- number0 number1" into 9 - 3 = 6."""
+    """Fill numbers into "number0" or "N_00" of the question and of the equation: 9 - 3 = 6."""
     numbers = [number(n) for n in str(row["Numbers"]).split()]
 
     def fill(text: str) -> str:
         return re.sub(r"\b(?:number|N_)(\d+)", lambda m: numbers[int(m[1])], text)
 
-    expression = _infix([fill(token) for token in row["Equation"].split()])
-    try:
-        right = abs(_value(expression) - float(row["Answer"])) <= 1e-3
-    except ZeroDivisionError:
-        right = False
-    output = _worked(_plain(expression), row["Answer"]) if right else _worked("", row["Answer"])
-    return _arithmetic(fill(row["Question"]), output, str(float(row["Answer"])))
+    worked = _worked("", row["Answer"])
+    # Some equations do not come to the answer, or are none: then the answer stands alone.
+    with suppress(ZeroDivisionError, ValueError, SyntaxError, IndexError):
+        expression = _expression(fill(row["Equation"]))
+        if abs(_value(expression) - float(row["Answer"])) <= 1e-3:
+            worked = _worked(_plain(expression), row["Answer"])
+    return _arithmetic(fill(row["Question"]), worked, str(float(row["Answer"])))
 
 
 Expression: TypeAlias = "str | tuple[Expression, str, Expression]"
+_SIGNS: Final = MappingProxyType({ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"})
 
 
-def _infix(tokens: list[str]) -> Expression:
+def _expression(equation: str) -> Expression:
+    """Read an equation, "+ 8 2" (SVAMP's repository) or "8 + 2" (the Hub's MAWPS)."""
+    tokens = equation.split()
+    if tokens[0] in _SIGNS.values():
+        return _prefix(tokens)
+    return _infix(ast.parse(equation.strip(), mode="eval").body)
+
+
+def _prefix(tokens: list[str]) -> Expression:
     token = tokens.pop(0)
-    if token not in ("+", "-", "*", "/"):
+    if token not in _SIGNS.values():
         return number(token)
-    left = _infix(tokens)
-    return left, token, _infix(tokens)
+    left = _prefix(tokens)
+    return left, token, _prefix(tokens)
+
+
+def _infix(node: ast.expr) -> Expression:
+    if isinstance(node, ast.Constant):
+        return number(node.value)
+    if not isinstance(node, ast.BinOp) or type(node.op) not in _SIGNS:
+        raise ValueError(f"no arithmetic: {ast.unparse(node)}")
+    return _infix(node.left), _SIGNS[type(node.op)], _infix(node.right)
 
 
 def _value(expression: Expression) -> float:

@@ -109,6 +109,8 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """Part a training set into (what to fit, what to tune on), which share no question.
 
+    A text that stands inside of another, as SST-2's phrases do, may be on the other side of it.
+
     The `last` rows are held out; without that, a tenth of the questions but at most `HELD_OUT`,
     chosen by a hash of their words: whatever the order of the rows and whoever runs it.
     """

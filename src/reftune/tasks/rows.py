@@ -24,6 +24,7 @@ PLACES: Final[Mapping[tuple[str, str], tuple[str, ...]]] = MappingProxyType(
         ("mawps-asdiv", "train"): (
             "mawps-asdiv-a_svamp/train.csv",
             "mawps-asdiv-a_svamp.train.csv",
+            "data/mawps-asdiv-a_svamp/train.csv",  # in a checkout of SVAMP's repository
             "svamp_mawps_asdiv/mawps-asdiv-a_svamp.train.csv",
         ),
         ("hellaswag", "test"): ("hellaswag_800/val_subset.jsonl",),
