@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from reftune import layer as layer_module
 from reftune import run as run_module
 from reftune import train as train_module
 from reftune.callbacks import Progress, last_checkpoint
@@ -87,6 +89,39 @@ def test_an_interrupted_run_resumes_and_ends_as_an_uninterrupted_one(tmp_path: P
     assert losses(broken) == losses(whole)
     for name, tensor in adapter_tensors(whole).items():
         assert torch.equal(tensor, adapter_tensors(broken)[name]), name
+
+
+def test_dropout_of_edits_may_end_after_some_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[float] = []
+    dropout = F.dropout
+
+    def counted(x: torch.Tensor, p: float) -> torch.Tensor:
+        calls.append(p)
+        return dropout(x, p)
+
+    class Counting(InterruptAt):
+        def training(self, progress: Progress) -> None:
+            if progress.logged:
+                seen.setdefault(progress.step, len(calls) > 0)  # the end is logged, too
+                calls.clear()
+            super().training(progress)
+
+    monkeypatch.setattr(layer_module.F, "dropout", counted)
+    for step in (-1, 1, 3):  # uninterrupted; in the first epoch of two steps, and after it
+        seen: dict[int, bool] = {}
+        config = tiny_run(
+            tmp_path / str(step),
+            adapter={"dropout": 0.5},
+            train={"dropout_epochs": 1, "shortcuts": False},
+        )
+        if step > 0:
+            with pytest.raises(RunError, match="interrupted"):
+                execute(config, reporter=Counting(step))
+        calls.clear()
+        execute(config, resume=step > 0, reporter=Counting(-1))
+        assert seen == {1: True, 2: True, 3: False, 4: False, 5: False, 6: False}
 
 
 def test_ctrl_c_is_the_users_again_after_training(tmp_path: Path) -> None:

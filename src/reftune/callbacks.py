@@ -17,8 +17,10 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from reftune.controls import reft_layers
 from reftune.distributed import any_of
 from reftune.errors import RunError
 
@@ -87,6 +89,11 @@ class Spent(NamedTuple):
 
     seconds: float
     cpu_seconds: float
+
+    def on(self, model: nn.Module) -> dict[str, Any]:
+        """Return the times that say something where a model is: on an accelerator, the clock's."""
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds if on_cpu else None}
 
 
 class LogFile(TrainerCallback):
@@ -161,6 +168,30 @@ def _logged_step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # a torn last line of a killed run
         return 1 << 62
+
+
+class DropoutEnds(TrainerCallback):
+    """Have the dropout of a model's edits act in the first `epochs` only; None: in all of them.
+
+    So did pyreft's where it evaluates after each epoch: that put the interventions in evaluation
+    mode for good (pyreft/reft_trainer.py, `evaluate`; the published GLUE results).
+    """
+
+    def __init__(self, model: nn.Module, epochs: int | None) -> None:
+        self._layers = list(reft_layers(model).values())
+        self._epochs = math.inf if epochs is None else epochs
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in self._layers:
+            layer.drops_out = (state.epoch or 0.0) < self._epochs
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in self._layers:
+            layer.drops_out = True
 
 
 class Watch(TrainerCallback):

@@ -62,6 +62,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.strength: dict[str, float] = {}
         self.subspaces: dict[str, list[str]] = {}
         self.composition: Composition = "in_order"
+        self.drops_out = True  # whether dropout acts in training
         self.merged_adapters: list[str] = []
         self.register_state_dict_pre_hook(_retract_before_save)  # type: ignore[no-untyped-call]
 
@@ -245,7 +246,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     ) -> Tensor:
         """Apply dropout and strength to an edit, and drop it where there is no token."""
         config = self.configs[name]
-        if self.training and config.dropout:
+        if self.training and self.drops_out and config.dropout:
             if config.dropout_on == "edit":
                 edit = F.dropout(edit, config.dropout)
             else:

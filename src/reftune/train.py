@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from safetensors.torch import load_model
-from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from reftune.callbacks import (
     CHECKPOINTS,
+    DropoutEnds,
     Interrupt,
     LogFile,
     Progress,
-    Spent,
     StopAtNaN,
     Watch,
     last_checkpoint,
@@ -84,6 +83,9 @@ class TrainSettings(SpeedSettings):
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 is none")
     optimizer: str = Field("adamw_torch", description="optimizer, as transformers names it")
     group_by_length: bool = Field(True, description="batch examples of similar length")
+    dropout_epochs: int | None = Field(
+        None, ge=1, description="epochs, the first, in which the adapter's dropout acts; null: all"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations, less memory")
     logging_steps: int = Field(10, ge=1, description="optimizer steps between two log lines")
     save_steps: int | None = Field(
@@ -258,19 +260,20 @@ def fit(
         reunite(model, arguments.device)
         before = _trained_before(model, heldout, collator, settings, checkpoint, on_trained)
         tokens = settings.passes(len(train)) * sum(train.lengths)
-        spent = _for_results(trained_before(directory / LOG), model)
+        spent = trained_before(directory / LOG).on(model)
         return replace(before, tokens=round(tokens), **spent)
     log_file = LogFile(directory / LOG, after_step=step_of(checkpoint), writes=world.is_main)
     interrupt = Interrupt()
     if sharding and checkpoint is not None:  # now, while the model is whole
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     watch = Watch(train.lengths, total, on_progress)
-    callbacks = [log_file, watch, interrupt, StopAtNaN(directory)]
+    ends = DropoutEnds(model, settings.dropout_epochs)
+    callbacks = [log_file, watch, interrupt, ends, StopAtNaN(directory)]
     with shortcuts(model, train, collator, settings, directory, arguments.device) as step:
         trainer = _trainer(step, model, arguments, train, selection, callbacks, sharding)
         with interrupt.handling():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    spent = _for_results(log_file.spent, model)
+    spent = log_file.spent.on(model)
     asked = (world.is_main or sharding) and not interrupt.asked
     if not interrupt.asked:
         on_trained()
@@ -390,8 +393,3 @@ def _loss_on(
     if heldout is None or not len(heldout):
         return None
     return heldout_cross_entropy(model, heldout, collator, settings.batch_size)
-
-
-def _for_results(spent: Spent, model: nn.Module) -> dict[str, Any]:
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds if on_cpu else None}

@@ -107,7 +107,10 @@ class ArithmeticTask(FamilyTask):
 
 @final
 class Gsm8kTask(FamilyTask):
-    """GSM8K as the paper tunes on it: its own prompt, its own solutions as targets."""
+    """GSM8K as pyreft tunes on it since May 2024: its own prompt, its own solutions as targets.
+
+    The paper's tuning was before that, in the Alpaca template with the question as the input.
+    """
 
     greedy: ClassVar[Sampling] = Sampling(max_new_tokens=256)
     sampled: ClassVar[Sampling | None] = Sampling(

@@ -87,7 +87,7 @@ class FamilyTask(ABC):
         sampling = {
             "published": self.published or self.greedy,
             "greedy": self.greedy,
-            "sampling": self.sampled or self.greedy,
+            "sampling": self.sampled or self.published or self.greedy,
         }[decoding]
         if max_new_tokens is not None:
             sampling = replace(sampling, max_new_tokens=max_new_tokens)

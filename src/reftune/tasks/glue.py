@@ -125,7 +125,8 @@ def load(
 def divide(count: int, seed: int) -> tuple[list[int], list[int]]:
     """Divide a validation split as the paper does: (rows to choose an epoch by, rows to score).
 
-    Of more than 5,000 rows 1,000 choose, otherwise half of them, by a seeded `random_split`.
+    Of more than 5,000 rows 1,000 choose, otherwise half of them, by a seeded `random_split`, as
+    in pyreft; the code of the paper's own runs drew the same numbers of rows in another way.
 
     Raises:
         ReftConfigError: there are fewer than 2 rows.
