@@ -95,6 +95,7 @@ ROOMS = (
     "plots",
     "loading",
     "saving",
+    "provenance",
     "alpaca_eval",
     "run",
     "publish",

@@ -374,8 +374,49 @@ def test_a_run_is_exported_in_the_schema_of_pefts_comparison(experiment: Path) -
     assert info["num_total_params"] == 1_000_500
     last = info["metrics"][-1]
     assert last["test accuracy"] == pytest.approx(0.625)
+    assert last["train loss"] == pytest.approx(statistics.fmean([2, 1, 2 / 3, 0.5]))
     assert {"train loss", "train samples", "train total tokens"} <= set(last)
     assert entry["run_info"]["peft_config"]["peft_type"] == "REFT"
+
+
+def test_an_entry_says_what_the_run_was_made_with_and_not_who_exports_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "loreft", 1, LORA, BASE)
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text())
+    results["versions"] = {"torch": "9.9", "peft": "8.8"}
+    results["system"] = {"accelerator": "a large one"}
+    results["train"]["accelerator_memory"] = {"reserved_avg": 1, "reserved_99th": 2, "max": 3}
+    path.write_text(json.dumps(results))
+    entry = method_comparison(read(tmp_path / "run").runs[0])
+    packages = entry["meta_info"]["package_info"]
+    assert (packages["torch-version"], packages["peft-version"]) == ("9.9", "8.8")
+    assert packages["transformers-version"] is None
+    assert entry["meta_info"]["system_info"] == {"accelerator": "a large one"}
+    memory = [entry["train_info"][f"accelerator_memory_{k}"] for k in ("reserved_avg", "max")]
+    assert memory == [1, 3]
+
+
+def test_a_run_without_an_accuracy_is_not_exported_as_one(tmp_path: Path) -> None:
+    make_run(tmp_path / "e" / "good", "loreft", 1, LORA, BASE)
+    make_run(tmp_path / "e" / "none", "loreft", 1, {}, {})
+    make_run(tmp_path / "e" / "chat", "loreft", 1, {"boolq": [1, 1]}, {"boolq": [1, 1]})
+    path = tmp_path / "e" / "chat" / "results.json"
+    path.write_text(path.read_text().replace('"accuracy"', '"answered"'))
+    target = tmp_path / "entries"
+    result = CliRunner().invoke(
+        app, ["report", str(tmp_path / "e"), "--peft-json", str(target)], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.output
+    assert [p.name for p in target.iterdir()] == ["loreft--good.json"]
+    assert result.output.count("Not exported") == 2
+
+
+@pytest.mark.parametrize(("method", "found"), [("full", None), ("bitfit", {"peft_type": "BITFIT"})])
+def test_bitfit_is_no_full_finetuning(
+    method: str, found: dict[str, str] | None, tmp_path: Path
+) -> None:
+    make_run(tmp_path / method, method, 1, LORA, BASE)
+    assert method_comparison(read(tmp_path / method).runs[0])["run_info"]["peft_config"] == found
 
 
 def test_trained_weights_of_the_base_are_counted_once(tmp_path: Path) -> None:
@@ -429,7 +470,8 @@ def test_the_verb_writes_report_and_export(experiment: Path, tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     assert "report.html" in result.output
     assert sorted(p.name for p in target.iterdir()) == [
-        *("lora--lora-s1.json", "loreft--loreft-s1.json", "loreft--loreft-s2.json")
+        *(f"lora--{experiment.name}-lora-s1.json",),
+        *(f"loreft--{experiment.name}-loreft-s{seed}.json" for seed in (1, 2)),
     ]
     result = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
     assert result.exit_code == 1

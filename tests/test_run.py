@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from reftune import layer as layer_module
 from reftune import run as run_module
 from reftune import train as train_module
-from reftune.callbacks import Progress, last_checkpoint
+from reftune.callbacks import Memory, Progress, last_checkpoint
 from reftune.errors import DataError, RunError
 from reftune.plots import read_log
 from reftune.run import Silent, execute, load_adapter
@@ -122,6 +123,23 @@ def test_dropout_of_edits_may_end_after_some_epochs(
         calls.clear()
         execute(config, resume=step > 0, reporter=Counting(-1))
         assert seen == {1: True, 2: True, 3: False, 4: False, 5: False, 6: False}
+
+
+def test_memory_of_a_gpu_is_noted_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = iter([10, 30, 20])
+    peaks = iter([11, 40, 40])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: next(reserved))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: next(peaks))
+    for kind, numbers in (
+        ("cpu", None),
+        ("cuda", {"reserved_avg": 20, "reserved_99th": 30, "max": 40}),
+    ):
+        memory, args = Memory(), SimpleNamespace(device=torch.device(kind))
+        memory.on_train_begin(args, None, None)  # type: ignore[arg-type]
+        for _ in range(3):
+            memory.on_step_end(args, None, None)  # type: ignore[arg-type]
+        assert memory.numbers == numbers
 
 
 def test_ctrl_c_is_the_users_again_after_training(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -192,6 +193,38 @@ class DropoutEnds(TrainerCallback):
     ) -> None:
         for layer in self._layers:
             layer.drops_out = True
+
+
+class Memory(TrainerCallback):
+    """Note how much memory of the GPU is reserved after each step; asking does not wait for it."""
+
+    def __init__(self) -> None:
+        self._reserved: list[int] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.device.type == "cuda":
+            self._reserved.append(torch.cuda.memory_reserved(args.device))
+            self._peak = torch.cuda.max_memory_reserved(args.device)
+
+    @property
+    def numbers(self) -> dict[str, int] | None:
+        """Return bytes: reserved_avg and reserved_99th over the steps, max; None without a GPU."""
+        if not self._reserved:
+            return None
+        ordered = sorted(self._reserved)
+        return {
+            "reserved_avg": round(sum(ordered) / len(ordered)),
+            "reserved_99th": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+            "max": self._peak,
+        }
 
 
 class Watch(TrainerCallback):

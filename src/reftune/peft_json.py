@@ -1,39 +1,44 @@
 """A run in the schema of PEFT's method comparison (huggingface/peft, method_comparison/MetaMathQA).
 
-That suite keeps a JSON file for each experiment. What a run of ours does not measure is 0 (memory)
-or left out ("forgetting", a loss on Wikipedia), as its readers allow. `train_config.model_id` and
-the names of the metrics say what was run: only Llama-3.2-3B on MetaMathQA is an entry of theirs.
+That suite keeps a JSON file for each experiment. What a run of ours does not measure is 0 (memory
+where there was no GPU: its readers want a number, and take it for the least) or left out
+("forgetting", a loss on Wikipedia). `train_config.model_id` and the names of the metrics say what
+was run: only Llama-3.2-3B on MetaMathQA is an entry of theirs.
 """
 
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import platform
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from reftune.cells import CELLS
 from reftune.errors import RunError
 from reftune.methods import WEIGHT_METHODS
+from reftune.provenance import system
 from reftune.records import OURS, Record
 from reftune.run import ADAPTER, RESULTS
 
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
+EVAL_STEPS = 250  # the suite's: its last loss is the mean over so many steps
 _SCHEDULES = {"cosine": "cosine"}  # the others are not theirs
 
 
 def method_comparison(record: Record) -> dict[str, Any]:
     """Return a finished run as one of the suite's result files holds it.
 
-    Raises RunError for a classifier, which the suite does not have.
+    Raises RunError for what the suite does not have: classifiers, and runs without an accuracy.
     """
     if record.config.get("task_type", "causal_lm") != "causal_lm":
         raise RunError(f"{record.directory} is a classifier's run; PEFT's comparison has none.")
+    if not _accuracies(record):
+        raise RunError(
+            f"{record.directory} was evaluated on nothing that has an accuracy, the score of "
+            "PEFT's comparison. Name tasks in evaluate.tasks."
+        )
     seconds = record.results["train"]["seconds"]
     evaluation = sum(s[OURS]["seconds"] for s in record.tasks.values())
     finished = (record.directory / RESULTS).stat().st_mtime
@@ -42,20 +47,20 @@ def method_comparison(record: Record) -> dict[str, Any]:
         "run_info": {
             "created_at": created.isoformat(timespec="seconds"),
             "total_time": seconds + evaluation,
-            "experiment_name": f"{record.method}/{record.directory.name}",
+            "experiment_name": f"{record.method}/{_name(record.directory)}",
             "peft_branch": "reftune",
             "peft_worktree_is_dirty": False,
             "train_config": _train_config(record.config),
-            "peft_config": _peft_config(record.directory),
+            "peft_config": _peft_config(record),
             "error_msg": "",
         },
         "train_info": _train_info(record, seconds),
         "meta_info": {
             "model_info": {"sha": None, "created_at": None},
             "dataset_info": {},
-            "package_info": _packages(),
-            "system_info": _system(),
-            "pytorch_info": torch.__config__.show(),
+            "package_info": _packages(record.results["versions"]),
+            "system_info": record.results.get("system", dict.fromkeys(system())),
+            "pytorch_info": f"torch {record.results['versions'].get('torch')}",
         },
     }
 
@@ -63,10 +68,11 @@ def method_comparison(record: Record) -> dict[str, Any]:
 def _train_info(record: Record, seconds: float) -> dict[str, Any]:
     trained, percent = record.results["parameters"], record.results["percent"]
     base = round(100 * trained / percent) if percent else 0
+    memory = record.results["train"].get("accelerator_memory", {})
     return {
-        "accelerator_memory_reserved_avg": 0,
-        "accelerator_memory_max": 0,
-        "accelerator_memory_reserved_99th": 0,
+        "accelerator_memory_reserved_avg": memory.get("reserved_avg", 0),
+        "accelerator_memory_max": memory.get("max", 0),
+        "accelerator_memory_reserved_99th": memory.get("reserved_99th", 0),
         "train_time": seconds,
         "file_size": _file_size(record.directory / ADAPTER),
         "num_trainable_params": trained,
@@ -89,15 +95,27 @@ def _metrics(record: Record) -> list[dict[str, Any]]:
         }
         for row in record.log()
     ]
-    tasks = {name: scores[OURS]["value"] for name, scores in record.tasks.items()}
+    tasks = _accuracies(record)
+    late = [m["train loss"] for m in metrics if m["step"] > trained["steps"] - EVAL_STEPS]
     last = {
         "step": trained["steps"],
-        "test accuracy": statistics.fmean(tasks.values()) if tasks else 0.0,
-        "train loss": trained["loss"],
+        "test accuracy": statistics.fmean(tasks.values()),
+        "train loss": statistics.fmean(late) if late else trained["loss"],
         "train samples": trained["steps"] * batch,
         "train total tokens": round(trained["tokens_per_second"] * trained["seconds"]),
     }
     return [*metrics, last | {f"test accuracy {name}": value for name, value in tasks.items()}]
+
+
+def _accuracies(record: Record) -> dict[str, float]:
+    scores = {name: found[OURS] for name, found in record.tasks.items()}
+    return {name: s["value"] for name, s in scores.items() if s["metric"] == "accuracy"}
+
+
+def _name(directory: Path) -> str:
+    """Return a run's name, with its experiment's before it: cells of two may be named alike."""
+    inside = (directory.parent / CELLS).is_file()
+    return f"{directory.parent.name}-{directory.name}" if inside else directory.name
 
 
 def _train_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,10 +144,11 @@ def _train_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _peft_config(directory: Path) -> dict[str, Any] | None:
-    path = directory / ADAPTER / "adapter_config.json"
+def _peft_config(record: Record) -> dict[str, Any] | None:
+    path = record.directory / ADAPTER / "adapter_config.json"
     if not path.is_file():
-        return None  # weights of the base: "full-finetuning" there
+        # Weights of the base. None is "full-finetuning" there, which bitfit is not.
+        return None if record.method == "full" else {"peft_type": record.method.upper()}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
@@ -138,25 +157,9 @@ def _file_size(adapter: Path) -> int:
     return sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
 
 
-def _packages() -> dict[str, str | None]:
+def _packages(known: Mapping[str, str]) -> dict[str, str | None]:
+    """Return the versions that a run was made with; None of what it does not say."""
     found: dict[str, str | None] = {}
     for name in _PACKAGES:
-        try:
-            found[f"{name}-version"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[f"{name}-version"] = None
-        found[f"{name}-commit-hash"] = None
+        found |= {f"{name}-version": known.get(name), f"{name}-commit-hash": None}
     return found
-
-
-def _system() -> dict[str, str]:
-    uname = platform.uname()
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
-    return {
-        "system": uname.system,
-        "release": uname.release,
-        "version": uname.version,
-        "machine": uname.machine,
-        "processor": uname.processor,
-        "accelerator": device,
-    }

@@ -12,7 +12,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -40,6 +39,8 @@ from reftune.methods import (
 )
 from reftune.models import EMBEDDED, load_model, resolve
 from reftune.plots import plot_loss
+from reftune.provenance import system
+from reftune.provenance import versions as versions
 from reftune.saving import discard_directory, save_adapter
 from reftune.saving import write_text as write_text
 from reftune.settings import RunConfig, load_config
@@ -121,7 +122,7 @@ def execute(
     if not (world.is_main or config.train.is_sharded(world)):
         return results
     results["tasks"] = _evaluate(config, loaded, base_scores, reporter)
-    results["versions"] = versions()
+    results |= {"versions": versions(), "system": system()}
     _finish(config, loaded, results, reporter)
     return results
 
@@ -173,21 +174,9 @@ def _classify(config: RunConfig, resume: bool, reporter: Reporter) -> dict[str, 
     trained, results = classify.run(config, resume, reporter, _train_results)
     loaded = Loaded(trained.model, trained.tokenizer, *_base_name(config))
     save_adapter(loaded.model, config.directory / ADAPTER, loaded.base, loaded.revision)
-    results["versions"] = versions()
+    results |= {"versions": versions(), "system": system()}
     _finish(config, loaded, results, reporter)
     return results
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("reftune", "torch", "transformers", "peft")
-    known = {}
-    for name in names:
-        try:
-            known[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree
-            known[name] = "unknown"
-    return known
 
 
 def _prepare(config: RunConfig, resume: bool, overwrite: bool) -> None:
@@ -340,6 +329,7 @@ def _train_results(trained: Trained, directory: Path) -> dict[str, Any]:
         "seconds": round(trained.seconds, 1),
         **({} if trained.cpu_seconds is None else {"cpu_seconds": round(trained.cpu_seconds, 1)}),
         "tokens_per_second": round(trained.tokens / max(trained.seconds, 1e-9), 1),
+        **({} if trained.memory is None else {"accelerator_memory": trained.memory}),
     }
 
 

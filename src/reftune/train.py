@@ -27,6 +27,7 @@ from reftune.callbacks import (
     DropoutEnds,
     Interrupt,
     LogFile,
+    Memory,
     Progress,
     StopAtNaN,
     Watch,
@@ -203,7 +204,7 @@ class Trained:
 
     `seconds` by the clock, `cpu_seconds` of all threads (None on accelerators) and `tokens` are of
     all of its training, before a resume, too; `shortcuts` are the keys of `SpeedSettings` that it
-    was found to be exact and worth it for.
+    was found to be exact and worth it for; `memory` is an accelerator's, see `Memory`.
     """
 
     loss: float
@@ -216,6 +217,7 @@ class Trained:
     best_value: float | None = None
     shortcuts: tuple[str, ...] = ()
     cpu_seconds: float | None = None
+    memory: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,8 @@ def fit(
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
     watch = Watch(train.lengths, total, on_progress)
     ends = DropoutEnds(model, settings.dropout_epochs)
-    callbacks = [log_file, watch, interrupt, ends, StopAtNaN(directory)]
+    memory = Memory()
+    callbacks = [log_file, watch, interrupt, ends, memory, StopAtNaN(directory)]
     with shortcuts(model, train, collator, settings, directory, arguments.device) as step:
         trainer = _trainer(step, model, arguments, train, selection, callbacks, sharding)
         with interrupt.handling():
@@ -287,6 +290,7 @@ def fit(
         best_step=trainer.state.best_global_step if selection else None,
         best_value=trainer.state.best_metric if selection else None,
         shortcuts=tuple(step.taken),
+        memory=memory.numbers,
     )
 
 

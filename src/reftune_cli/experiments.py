@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from reftune.cells import CELLS, Outcome, run_cells, status_of
-from reftune.errors import ReftConfigError
+from reftune.errors import ReftConfigError, RunError
 from reftune.experiment import Experiment, load_experiment
 from reftune.peft_json import method_comparison
 from reftune.records import read
@@ -69,8 +69,15 @@ def write_reports(directory: Path, target: Path | None, peft_json: Path | None) 
     out.print(f"{markdown}\n{page}")
     if peft_json is not None:
         peft_json.mkdir(parents=True, exist_ok=True)
+        refused = []
         for run in read(directory).runs:
-            entry = method_comparison(run)
+            try:
+                entry = method_comparison(run)
+            except RunError as error:
+                refused.append(str(error))
+                continue
             name = entry["run_info"]["experiment_name"].replace("/", "--")
             write_text(peft_json / f"{name}.json", json.dumps(entry, indent=2) + "\n")
+        for reason in refused:
+            out.print(f"Not exported: {reason}", highlight=False)
         out.print(str(peft_json))
