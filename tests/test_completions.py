@@ -1,6 +1,9 @@
 """One batch: rows that are done leave it, and what the others generate stays the same."""
 
+import dataclasses
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from adapted_tiny import config, reft, strong
 from reftune.completions import complete_batch
 from reftune.decoding import has_plain_cache, longest_first, settled_text
 from reftune.errors import ReftConfigError
-from reftune.generate import HFEngine, Sampling
+from reftune.generate import HFEngine, Sampling, stream
+from reftune.serve.engine import _params
 from tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -99,6 +103,51 @@ def test_rows_that_are_done_leave_the_batch_and_nothing_else_changes(make, sampl
     assert rows[-1] < len(PROMPTS) / 2
     needed = sum(min(len(c.token_ids) + 1, sampling.max_new_tokens) for c in alone)
     assert sum(rows) <= needed * 4 / 3 + 1, "at most a quarter of the rows is done already"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        *SAMPLINGS.values(),
+        Sampling(max_new_tokens=24, temperature=1.0, seed=3),
+        Sampling(max_new_tokens=24, num_beams=3),
+    ],
+)
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["batch", "one"])
+def test_a_stop_token_ends_a_completion_as_the_models_own_end_does(sampling, prompts):
+    model, stops = reft(positions="l3"), dataclasses.replace(sampling, stop_token_ids=tuple(ENDS))
+    own = model.generation_config.to_dict()
+    found = HFEngine(model, TOKENIZER, 8).generate(prompts, stops)
+    assert model.generation_config.to_dict() == own
+    assert found == HFEngine(ending(reft(positions="l3")), TOKENIZER, 8).generate(prompts, sampling)
+    assert "stop" in {completion.finish_reason for completion in found}
+    assert not {i for completion in found for i in completion.token_ids} & set(ENDS)
+
+
+def test_a_stream_ends_before_a_stop_token():
+    model, sampling = tiny_llama(), Sampling(max_new_tokens=24, stop_token_ids=tuple(ENDS))
+    for prompt in PROMPTS:
+        (expected,) = complete_batch(model, TOKENIZER, [prompt], sampling)
+        assert "".join(stream(model, TOKENIZER, prompt, sampling)) == expected.text
+
+
+def test_vllm_is_told_of_stop_tokens(monkeypatch):
+    told = SimpleNamespace(SamplingParams=lambda **settings: settings)
+    monkeypatch.setitem(sys.modules, "vllm", told)
+    assert _params(Sampling(stop_token_ids=(7, 9)), 0)["stop_token_ids"] == [7, 9]
+
+
+def test_only_stop_tokens_that_there_are_go_into_files():
+    assert "stop_token_ids" not in Sampling().recorded(), "so that earlier files say the same"
+    assert Sampling(stop_token_ids=(7,)).recorded()["stop_token_ids"] == (7,)
+    rest = dataclasses.asdict(Sampling(stop=("e",))) | {"stop_token_ids": (7,)}
+    assert Sampling(stop=("e",), stop_token_ids=(7,)).recorded() == rest
+
+
+@pytest.mark.parametrize("ids", [[7], (-1,), ("</s>",), 7])
+def test_stop_tokens_are_a_tuple_of_ids(ids):
+    with pytest.raises(ReftConfigError, match="tuple of the tokenizer's ids"):
+        Sampling(stop_token_ids=ids)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])

@@ -222,6 +222,21 @@ def test_a_file_of_another_evaluation_is_refused_and_kept(task, tmp_path, monkey
     assert path.read_bytes() == before
 
 
+def test_a_file_from_before_there_were_stop_tokens_goes_on(task, tmp_path, monkeypatch):
+    path = tmp_path / "samples.jsonl"
+    run(task, oracle(task), samples_path=path, limit=2)
+    header, *samples = path.read_text().splitlines(keepends=True)
+    before = json.loads(header)
+    before["sampling"].pop("stop_token_ids", None)
+    path.write_text("".join([json.dumps(before) + "\n", *samples]))
+    run(task, oracle(task), samples_path=path)
+    assert len(read_samples(path)) == N
+    other = dataclasses.replace(task.sampling, stop_token_ids=(7,))
+    monkeypatch.setattr(task, "sampling", other, raising=False)
+    with pytest.raises(RunError, match="stop_token_ids"):
+        run(task, oracle(task), samples_path=path)
+
+
 def test_changed_data_are_refused(task, tmp_path):
     path = tmp_path / "samples.jsonl"
     run(task, oracle(task), samples_path=path)

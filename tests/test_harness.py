@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
+from sqlitedict import SqliteDict
 from typer.testing import CliRunner
 
 from adapted_tiny import config, reft, strong
+from hub_tiny import BASE, files_in, hub_in_place
+from reftune.controls import set_strength
 from reftune.errors import ReftConfigError
 from reftune.generate import HFEngine, Sampling
 from reftune.harness import ReftuneLM, run_tasks
 from reftune.likelihood import Pair, Scorer
 from reftune.run import Loaded
-from reftune_cli import app
+from reftune_cli import app, evaluation
 from runs import tiny_model_directory
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -284,6 +288,65 @@ def test_drawing_takes_its_settings_from_the_task():
     assert ours()._sampling(drawing | {"top_k": 7})[1].top_k == 7
 
 
+def test_drawing_takes_the_models_own_settings_and_the_tasks_seed():
+    model = reft()
+    own = model.get_base_model().generation_config
+    own.top_k, own.no_repeat_ngram_size = 0, 2
+    drawing = {"do_sample": True, "temperature": 0.7, "max_gen_toks": 3, "seed": 5}
+    sampling = ours(model)._sampling(drawing)[1]
+    assert (sampling.top_k, sampling.no_repeat_ngram_size, sampling.seed) == (0, 2, 5)
+
+    def drawn(seed: int) -> list[str]:
+        arguments = drawing | {"seed": seed}
+        return ours(model).generate_until([request("generate_until", "Q", arguments)] * 4)
+
+    assert drawn(5) == drawn(5) != drawn(6)
+    assert len(set(drawn(5))) > 1, "repeats of a request are draws of their own"
+
+
+def writing(model: Any, special: int, instead_of: int) -> Any:
+    """Let a model write a special token where it writes another one."""
+    rows = model.lm_head.weight.data
+    rows[[special, instead_of]] = rows[[instead_of, special]]
+    return model
+
+
+def test_a_special_token_stops_as_in_lm_evals_own_model():
+    arguments = {"until": ["<s>", "never"], "max_gen_toks": 20}
+    requests = [request("generate_until", c, arguments) for c in ("The cat", "A", "Q")]
+    free = ours(get_peft_model(tiny_llama(), config()), strength=0.0).generate_until(requests)
+    token = TOKENIZER(free[0]).input_ids[4]
+    model, base = (writing(tiny_llama(), TOKENIZER.bos_token_id, token) for _ in "ab")
+    lm = ours(get_peft_model(model, config()), strength=0.0)
+    found = lm.generate_until(requests)
+    assert found == theirs(base, batch_size=1).generate_until(requests)
+    assert len(TOKENIZER(found[0]).input_ids) == 4
+    assert lm._sampling(arguments)[1].stop_token_ids == (TOKENIZER.bos_token_id,)
+    thinking = ours(think_end_token="#")._sampling(arguments)[1]
+    assert (thinking.stop, thinking.stop_token_ids) == ((), (TOKENIZER.bos_token_id,))
+
+
+def test_contexts_that_are_cut_are_counted_once_for_a_call(caplog):
+    lm = ours()
+
+    def said(run: Callable[..., Any], requests: list[Instance]) -> list[str]:
+        caplog.clear()
+        run(requests)
+        return [record.message for record in caplog.records if record.name == "reftune"]
+
+    (scoring,) = said(lm.loglikelihood, loglikelihoods())
+    assert scoring.startswith("The contexts of 6 of 30 requests do not fit in 40 tokens")
+    assert "edits the first of what is left" in scoring
+    requests = [
+        request("generate_until", c, {"until": ["e"], "max_gen_toks": n})
+        for c, n in (("The cat", 12), ("x" * 60, 12), ("y" * 60, 5), ("Q", 5))
+    ]
+    (writing,) = said(lm.generate_until, requests)
+    assert writing.startswith("The contexts of 2 of 4 requests do not fit in 40 tokens")
+    assert said(lm.generate_until, requests[:1]) == []
+    assert said(lm.loglikelihood, [request("loglikelihood", "The cat", " sat")]) == []
+
+
 def test_what_is_thought_before_an_answer_is_left_out():
     requests = [request("generate_until", "The cat", {"until": ["zz"], "max_gen_toks": 20})]
     model = tiny_llama()
@@ -340,6 +403,59 @@ def test_base_and_adapter_are_evaluated_and_a_killed_evaluation_goes_on(
     assert scored == []
 
 
+def test_a_cache_takes_no_answers_after_its_evaluation(tasks, tmp_path, monkeypatch):
+    lm, settings = ours(max_length=400), {"manager": manager_of(tasks), "base": False}
+    whole = run_tasks(lm, NAMES[:2], cache=tmp_path, **settings)
+    (file,) = tmp_path.glob(f"adapter-{lm.cache_key()}*")
+
+    def kept() -> dict[str, Any]:
+        with SqliteDict(str(file)) as answers:
+            return dict(answers)
+
+    before = kept()
+    assert len(before) > 18
+    set_strength(lm.model, 0.0)
+    run_tasks(lm, NAMES[:2], **settings)
+    assert kept() == before
+    set_strength(lm.model, 1.0)
+    assert run_tasks(lm, NAMES[:2], cache=tmp_path, **settings) == whole
+    monkeypatch.setattr(Scorer, "_likelihoods", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_tasks(lm, NAMES[:1], cache=tmp_path / "other", **settings)
+    assert lm.cache_hook.dbdict is None, "nor after one that failed"
+
+
+def test_what_changes_answers_has_a_cache_of_its_own():
+    model = reft()
+    settings: list[dict[str, Any]] = [
+        {},
+        {"max_length": 50},
+        {"softmax_dtype": "float64"},
+        {"add_bos_token": True},
+        {"prefix_token_id": 7},
+        {"think_end_token": "#"},
+        {"enable_thinking": False},
+        {"chat_template_args": {"tools": None}},
+        {"strength": 0.5},
+    ]
+    keys = [ours(model, **one).cache_key() for one in settings]
+    assert len(set(keys)) == len(settings)
+    assert ours(model, batch_size=3).cache_key() == keys[0], "but not what does not"
+
+
+def test_a_task_that_runs_what_is_written_must_be_confirmed(tasks, tmp_path):
+    task = yaml.safe_load((tasks / "tiny_choice.yaml").read_text())
+    text = yaml.safe_dump(task | {"task": "tiny_unsafe", "unsafe_code": True})
+    (tmp_path / "unsafe.yaml").write_text(text)
+    settings: dict[str, Any] = {"manager": manager_of(tmp_path), "base": False, "limit": 1}
+    with pytest.raises(ValueError, match="marked as unsafe"):
+        run_tasks(ours(max_length=400), ["tiny_unsafe"], **settings)
+    found = run_tasks(
+        ours(max_length=400), ["tiny_unsafe"], confirm_run_unsafe_code=True, **settings
+    )
+    assert set(found) == {"tiny_unsafe"}
+
+
 def test_an_unknown_task_is_named(tasks):
     with pytest.raises(ReftConfigError, match="no task 'tiny_chioce'"):
         run_tasks(ours(), ["tiny_choice", "tiny_chioce"], manager=manager_of(tasks))
@@ -359,18 +475,59 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     model = strong(get_peft_model(tiny_llama(), config(positions="f2+l3")))
     model.peft_config["default"].base_model_name_or_path = str(tiny_model_directory(folder))
+    TOKENIZER.save_pretrained(folder / "model")  # with the template
     model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     return folder / "adapter"
 
 
-def test_it_is_registered_and_made_from_lm_evals_arguments(saved):
+@pytest.mark.parametrize("name", ["adapter", "peft"])
+def test_it_is_registered_and_made_from_lm_evals_arguments(saved, name):
     assert get_model("reftune") is ReftuneLM
-    text = f"adapter={saved},strength=0,max_length={MAX_LENGTH}"
+    text = f"{name}={saved},strength=0,max_length={MAX_LENGTH},trust_remote_code=False"
     lm = ReftuneLM.create_from_arg_string(text, {"batch_size": "4", "device": "cpu"})
     requests = loglikelihoods()
     assert_same(lm.loglikelihood(requests), theirs().loglikelihood(requests))
     info = lm.get_model_info()
     assert (info["adapter"], info["strength"]) == (str(saved), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "none of adapter= and peft="),
+        ({"adapter": "a", "peft": "a"}, "both of adapter= and peft="),
+        ({"adapter": "a", "trust_remote_code": True}, "trust_remote_code=True is not accepted"),
+    ],
+)
+def test_arguments_that_are_not_accepted_are_named(arguments, message):
+    with pytest.raises(ReftConfigError, match=message):
+        ReftuneLM.create_from_arg_obj(arguments)
+
+
+def test_commits_are_those_of_what_was_loaded(tmp_path):
+    with hub_in_place(tmp_path) as hub:
+        base = hub.model(BASE).branches["main"]
+        model = get_peft_model(tiny_llama(), config())
+        told = model.peft_config["default"]
+        told.base_model_name_or_path, told.revision = BASE, base
+        model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+        repository = hub.add("user/adapter", files_in(tmp_path / "adapter"))
+        repository.tags["v1"] = repository.branches["main"]
+        for one in (repository, hub.model(BASE)):
+            one.commit("main", {"README.md": b"later"})
+        info = ReftuneLM("user/adapter@v1", device="cpu").get_model_info()
+    assert (info["model_revision"], info["model_sha"]) == (base, base)
+    assert info["peft_sha"] == repository.tags["v1"] != repository.branches["main"]
+
+
+def test_a_folder_is_not_looked_for_on_the_hub(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent.parent)
+    here = f"{saved.parent.name}/{saved.name}"  # a name that the Hub could have, too
+    lm = ReftuneLM(peft=here, device="cpu")
+    monkeypatch.setattr("lm_eval.models.huggingface.HfApi", lambda: pytest.fail("asks the Hub"))
+    info = lm.get_model_info()
+    assert (info["model_revision"], info["model_sha"], info["peft_sha"]) == ("main", "", "")
+    assert info["model_num_parameters"] == lm.model.num_parameters()
 
 
 def test_the_command_line_evaluates_lm_evals_tasks(saved, tasks, tmp_path):
@@ -379,22 +536,46 @@ def test_the_command_line_evaluates_lm_evals_tasks(saved, tasks, tmp_path):
         app, ["evaluate", str(saved), "--lm-eval", "tiny_choice,tiny_write", *arguments]
     )
     assert found.exit_code == 0, found.output
-    results = json.loads((tmp_path / "lm-eval.json").read_text())["tasks"]
+    kept = json.loads((tmp_path / "lm-eval.json").read_text())
+    results = kept["tasks"]
     assert set(results) == {"tiny_choice", "tiny_write"}
     assert set(results["tiny_choice"]) == {"base", "adapter"}
     assert "acc_norm" in found.output
+    assert kept["n-shot"] == {"tiny_choice": 0, "tiny_write": 0}
+    assert kept["n-samples"]["tiny_write"] == {"original": 6, "effective": 3}
+    assert set(kept["versions"]) == set(results)
+    assert kept["configs"]["tiny_write"]["generation_kwargs"]["max_gen_toks"] == 8
+    assert (kept["chat_template"], kept["fewshot_as_multiturn"]) == (None, False)
+    assert (kept["config"]["limit"], kept["config"]["fewshot_seed"]) == (3, 1234)
+    assert kept["config"]["use_cache"].startswith(str(tmp_path / "lm-eval-cache" / "adapter-"))
     for wrong in (["--lm-eval", "a", "--tasks", "b"], []):
         found = CliRunner().invoke(app, ["evaluate", str(saved), *wrong])
         assert found.exit_code == 1
         assert "either --tasks or --lm-eval" in found.output
 
 
+def test_how_tasks_were_evaluated_is_kept(saved, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "LARGEST_CONFIGS", 100)
+    arguments = ["--include-path", str(tasks), "--out", str(tmp_path), "--limit", "1", "--no-base"]
+    how = ["--num-fewshot", "2", "--chat-template"]
+    found = CliRunner().invoke(
+        app, ["evaluate", str(saved), "--lm-eval", "tiny_choice", *arguments, *how]
+    )
+    assert found.exit_code == 0, found.output
+    kept = json.loads((tmp_path / "lm-eval.json").read_text())
+    assert kept["n-shot"] == {"tiny_choice": 2}
+    assert (kept["chat_template"], kept["fewshot_as_multiturn"]) == (TEMPLATE, True)
+    assert "configs" not in kept, "they are too long"
+    assert not evaluation._is_small_json({(1, 2): 3})
+
+
 @pytest.mark.slow
 def test_lm_evals_command_line_knows_the_model(saved, tasks, tmp_path):
-    arguments = ["--model", "reftune", "--model_args", f"adapter={saved}", "--device", "cpu"]
+    arguments = ["--model", "reftune", "--model_args", f"peft={saved}", "--device", "cpu"]
     where = ["--tasks", "tiny_choice", "--include_path", str(tasks), "--output_path", str(tmp_path)]
     command = [sys.executable, "-m", "reftune.harness", "run", *arguments, *where]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (results,) = tmp_path.rglob("results_*.json")
+    assert results.parent.name.endswith("__adapter")
     assert json.loads(results.read_text())["config"]["model"] == "reftune"

@@ -3,6 +3,7 @@
 Shapes: B = rows of a batch, L = padded prompt length, T = generated length.
 """
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from reftune.decoding import (
     RowsDone,
     StopOnEvent,
     StopOnText,
+    WithoutEnds,
     has_plain_cache,
     require,
     settled_text,
@@ -43,10 +45,10 @@ IsDecided: TypeAlias = Callable[[int, str], bool]
 class Completion:
     """What a model wrote after one prompt.
 
-    `token_ids` ends before the end-of-sequence token; after a stop string it includes the token
-    that completed the string, while `text` ends before the string (as in vLLM).
-    `finish_reason` is "stop" (end of sequence or a stop string), "length" (`max_new_tokens`) or
-    "decided" (see `IsDecided`).
+    `token_ids` ends before the end-of-sequence token, or that of `stop_token_ids`; after a stop
+    string it includes the token that completed the string, while `text` ends before the string (as
+    in vLLM). `finish_reason` is "stop" (any of the three), "length" (`max_new_tokens`) or "decided"
+    (see `IsDecided`).
     """
 
     prompt_ids: tuple[int, ...]
@@ -63,6 +65,8 @@ class Sampling:
     `temperature=0` is greedy; `top_p` and `top_k` (0: off) act only above it. With `num_beams > 1`
     the search ends as soon as that many candidates are complete (the paper's `early_stopping`).
     With a `seed`, the same call draws the same tokens; other random state is left as it was.
+    A completion ends before a string of `stop`, and before a token of `stop_token_ids`: special
+    tokens are not part of the text, so a string cannot stop at one.
 
     Raises:
         ReftConfigError: a value is outside its range.
@@ -77,6 +81,7 @@ class Sampling:
     no_repeat_ngram_size: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, ok, accepted in (
@@ -94,6 +99,22 @@ class Sampling:
                 f"stop={self.stop!r} is not accepted: give a tuple of non-empty strings, "
                 'for instance stop=("\\n",).'
             )
+        ids = self.stop_token_ids
+        if not isinstance(ids, tuple) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ReftConfigError(
+                f"stop_token_ids={ids!r} is not accepted: give a tuple of the tokenizer's ids, "
+                "for instance stop_token_ids=(2,)."
+            )
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings as files keep them: `stop_token_ids` only where there are some.
+
+        Files from before there was that setting then say the same as new ones.
+        """
+        settings = dataclasses.asdict(self)
+        if not self.stop_token_ids:
+            del settings["stop_token_ids"]
+        return settings
 
 
 @final
@@ -137,9 +158,9 @@ def complete_batch(
         found, decided = _complete_greedily(
             model, tokenizer, rows, sampling, adapter_names, is_decided
         )
-    eos = eos_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer, sampling)
     return [
-        _completion(prompt, found[i], tokenizer, eos, sampling, i in decided)
+        _completion(prompt, found[i], tokenizer, ends, sampling, i in decided)
         for i, prompt in enumerate(prompts)
     ]
 
@@ -159,7 +180,7 @@ def _complete_greedily(
     fewer rows, and would wait for the host to count them.)
     """
     prompt_BL, length = rows.mask, rows.mask.shape[1]
-    ends = _Ends(tokenizer, sampling, eos_ids(model, tokenizer), is_decided)
+    ends = _Ends(tokenizer, sampling, end_ids(model, tokenizer, sampling), is_decided)
     shrinks = len(rows.index) > 1 and _can_shrink(model)
     found: dict[int, list[int]] = {}
     while True:
@@ -192,7 +213,7 @@ class _Ends:
 
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
-    eos: set[int]
+    tokens: set[int]
     is_decided: IsDecided | None
     decided: set[int] = field(default_factory=set)
 
@@ -202,7 +223,7 @@ class _Ends:
 
     def at(self, index: Sequence[int], k: int, ids: list[int]) -> bool:
         """Return whether row `k`, prompt `index[k]`, ends with the last of `ids`."""
-        if ids[-1] in self.eos or (self.stop is not None and self.stop.stopped(ids)):
+        if ids[-1] in self.tokens or (self.stop is not None and self.stop.stopped(ids)):
             return True
         if self.is_decided is None:
             return False
@@ -229,11 +250,11 @@ def _completion(
     prompt: list[int],
     ids: list[int],
     tokenizer: PreTrainedTokenizerBase,
-    eos: set[int],
+    ends: set[int],
     sampling: Sampling,
     decided: bool,
 ) -> Completion:
-    end = next((k for k, token in enumerate(ids) if token in eos), None)
+    end = next((k for k, token in enumerate(ids) if token in ends), None)
     reason: FinishReason = "decided" if decided else "length" if end is None else "stop"
     ids = ids[:end]
     kept, text = until_first_stop(tokenizer, ids, sampling.stop)
@@ -284,7 +305,7 @@ def call_generate(
         # where transformers no longer wants it beside a generation_config.
         arguments["adapter_names"] = [n for n in adapter_names for _ in range(sampling.num_beams)]
     if streamer is not None:
-        arguments["streamer"] = streamer
+        arguments["streamer"] = WithoutEnds(streamer, end_ids(model, tokenizer, sampling))
     if rows.cache is not None:
         arguments["past_key_values"] = rows.cache
     goes_on = done is not None and done.enough < len(rows.index)
@@ -313,7 +334,6 @@ def _generation_config(
     transformers fills what is None from `model.generation_config`, so an instruct model's own
     temperature or repetition penalty would act unasked. `present` of the ids are there already.
     """
-    eos = eos_ids(model, tokenizer)
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=sampling.temperature > 0,
         # In greedy mode these defaults mean "unset"; anything else is warned about.
@@ -332,8 +352,8 @@ def _generation_config(
         # max_length, not max_new_tokens: with both set (Llama-2's own config has max_length),
         # transformers logs a warning on every call.
         max_length=length + sampling.max_new_tokens,
-        pad_token_id=pad_id(tokenizer, eos),
-        eos_token_id=sorted(eos) or None,
+        pad_token_id=pad_id(tokenizer, eos_ids(model, tokenizer)),
+        eos_token_id=sorted(end_ids(model, tokenizer, sampling)) or None,
         use_cache=True,
     )
     own = model.generation_config
@@ -351,6 +371,11 @@ def eos_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     own = None if config is None else config.eos_token_id
     ids = set(own) if isinstance(own, list) else {own}
     return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+def end_ids(model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> set[int]:
+    """Return every id at which a completion ends, and that is not part of it."""
+    return eos_ids(model, tokenizer) | set(sampling.stop_token_ids)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> int:

@@ -6,7 +6,7 @@ import inspect
 import json
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteria,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.streamers import BaseStreamer
 
 from reftune.controls import otherwise_than_saved
 from reftune.errors import DataError, ReftConfigError
@@ -60,6 +61,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the special tokens with their ids: what `decode` leaves out of a text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: i for i, token in added if token.special}
 
 
 def settled_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop: tuple[str, ...]) -> str:
@@ -154,6 +161,28 @@ class StopOnEvent(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+@final
+class WithoutEnds(BaseStreamer):
+    """Hand one row's tokens to a streamer, but not one that ends it: no part of its text.
+
+    Streamers leave out special tokens by themselves; others can end a completion, too.
+    """
+
+    def __init__(self, streamer: Any, ends: set[int]) -> None:
+        self.streamer, self.ends = streamer, ends
+        self.began = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, and then each token."""
+        if not (self.began and int(value) in self.ends):
+            self.streamer.put(value)
+        self.began = True
+
+    def end(self) -> None:
+        """Tell the streamer that there are no more."""
+        self.streamer.end()
 
 
 @contextlib.contextmanager

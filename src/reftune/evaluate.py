@@ -303,7 +303,7 @@ def _header(task: Task, identity: str) -> dict[str, Any]:
         "reftune_samples": FORMAT,
         "task": task.name,
         "template": task.template,
-        "sampling": dataclasses.asdict(task.sampling),
+        "sampling": task.sampling.recorded(),
         "model": identity,
     }
     plain: dict[str, Any] = json.loads(json.dumps(header))  # tuples become lists, as in the file

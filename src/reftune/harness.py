@@ -14,21 +14,24 @@ With strength 0 all scores are those of lm-eval's `hf`.
 
 lm-eval finds models by a table of its own that plugins cannot add to, so its command line is:
 
-    python -m reftune.harness run --model reftune --model_args adapter=DIR --tasks boolq
+    python -m reftune.harness run --model reftune --model_args peft=DIR --tasks boolq
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias, cast, final
+from typing import Any, NamedTuple, TypeAlias, cast, final
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import (
@@ -41,11 +44,12 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from reftune.controls import reft_layers, set_strength
-from reftune.decoding import fingerprint
+from reftune.decoding import fingerprint, special_ids
 from reftune.errors import ReftConfigError
 from reftune.generate import Completion, HFEngine, Sampling
+from reftune.hub import is_hub_name, split_revision
 from reftune.likelihood import Likelihood, Pair, Scorer
-from reftune.methods import as_base
+from reftune.methods import WEIGHTS_CONFIG, as_base
 from reftune.run import Loaded, load_adapter
 
 log = logging.getLogger("reftune")
@@ -54,6 +58,15 @@ Tokens: TypeAlias = list[int]
 Request: TypeAlias = tuple[tuple[str, str] | None, Tokens, Tokens]
 
 BATCH_TOKENS = 16384  # what `batch_size="auto"` stands for, with at most `max_batch_size` rows
+
+
+class _Group(NamedTuple):
+    """Requests with the same generation arguments, by their numbers."""
+
+    indices: list[int]
+    until: list[str]
+    sampling: Sampling
+    prompts: list[Tokens]
 
 
 @register_model("reftune")
@@ -66,6 +79,8 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
         pretrained: the base model, where it is not the one that the adapter names.
         strength: factor on a ReFT's edits; 0 is the base model.
         batch_size: rows in a batch, or "auto": as many as have 16,384 tokens.
+        peft: `adapter` by the name that lm-eval calls its folder of results after.
+        trust_remote_code: what lm-eval's option of that name adds; true is not accepted.
 
     The others are those of lm-eval's `hf`.
 
@@ -76,7 +91,7 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        adapter: str | Loaded,
+        adapter: str | Loaded | None = None,
         pretrained: str | None = None,
         strength: float = 1.0,
         dtype: str = "auto",
@@ -90,7 +105,10 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
         think_end_token: str | int | None = None,
         enable_thinking: bool | None = None,
         chat_template_args: dict[str, Any] | None = None,
+        peft: str | None = None,
+        trust_remote_code: bool | None = None,
     ) -> None:
+        adapter = _adapter_of(adapter, peft, trust_remote_code)
         if isinstance(adapter, str):
             loaded = load_adapter(adapter, base=pretrained, dtype=dtype, device=device)
         else:
@@ -117,7 +135,9 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
                 f"strength={strength}, and {adapter!r} is no ReFT: only its edits have a strength."
             )
         # In lm-eval's report these name what was evaluated.
-        self.pretrained, self.strength = loaded.base, float(strength)
+        self.pretrained, revision = split_revision(loaded.base)
+        self.revision = loaded.revision or revision or "main"
+        self.strength = float(strength)
         self.peft = adapter if isinstance(adapter, str) else None
         tokens = BATCH_TOKENS if automatic else None
         dtype_of_softmax = get_dtype(softmax_dtype) if softmax_dtype is not None else None
@@ -141,6 +161,9 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
             )
             for text, context, continuation in requests
         ]
+        whole = [len(context) for _, context, _ in requests]
+        cut = sum(len(p.context) < n for p, n in zip(pairs, whole, strict=True))
+        self._warn_of_cuts(cut, len(requests))
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="loglikelihood requests") as bar:
 
             def keep(i: int, scored: Likelihood) -> None:
@@ -168,35 +191,46 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
         Raises ReftConfigError for a generation argument that is not known here.
         """
         replies: dict[int, str] = {}
+        groups = self._groups(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until requests") as bar:
+            for group in groups:
+
+                def keep(k: int, completion: Completion, group: _Group = group) -> None:
+                    i = group.indices[k]
+                    replies[i] = self._reply(completion, group.until)
+                    self.cache_hook.add_partial("generate_until", requests[i].args, replies[i])
+                    bar.update(1)
+
+                self._engine.generate(group.prompts, group.sampling, on_done=keep)
+        return [replies[i] for i in range(len(requests))]
+
+    def _groups(self, requests: list[Instance]) -> list[_Group]:
+        """Return the requests by their generation arguments, with as much context as fits."""
         kinds: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             kinds.setdefault(repr(request.args[1]), []).append(i)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until requests") as bar:
-            for indices in kinds.values():
-                arguments = requests[indices[0]].args[1]
-                until, sampling = self._sampling(arguments)
-                room = self.max_length - sampling.max_new_tokens
-                if room < 1:
-                    raise ReftConfigError(
-                        f"{sampling.max_new_tokens} tokens to generate leave no room for a prompt "
-                        f"in {self.max_length}: lower max_gen_toks, or raise max_length."
-                    )
-                texts = [requests[i].args[0] for i in indices]
-                prompts = [self.tok_encode(text, left_truncate_len=room) for text in texts]
+        groups, cut = [], 0
+        for indices in kinds.values():
+            until, sampling = self._sampling(requests[indices[0]].args[1])
+            room = self.max_length - sampling.max_new_tokens
+            if room < 1:
+                raise ReftConfigError(
+                    f"{sampling.max_new_tokens} tokens to generate leave no room for a prompt "
+                    f"in {self.max_length}: lower max_gen_toks, or raise max_length."
+                )
+            prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
+            cut += sum(len(prompt) > room for prompt in prompts)
+            groups.append(_Group(indices, until, sampling, [p[-room:] for p in prompts]))
+        self._warn_of_cuts(cut, len(requests))
+        return groups
 
-                def keep(
-                    k: int,
-                    completion: Completion,
-                    until: list[str] = until,
-                    indices: list[int] = indices,
-                ) -> None:
-                    reply = self._reply(completion, until)
-                    replies[indices[k]] = reply
-                    self.cache_hook.add_partial("generate_until", requests[indices[k]].args, reply)
-                    bar.update(1)
-
-                self._engine.generate(prompts, sampling, on_done=keep)
-        return [replies[i] for i in range(len(requests))]
+    def _warn_of_cuts(self, cut: int, requests: int) -> None:
+        if cut:
+            log.warning(
+                f"The contexts of {cut} of {requests} requests do not fit in {self.max_length} "
+                "tokens: their left is cut off, and an adapter that edits a prompt's first tokens "
+                "edits the first of what is left. Lower num_fewshot, or raise max_length."
+            )
 
     def _sampling(self, arguments: Mapping[str, Any]) -> tuple[list[str], Sampling]:
         """Return the stop strings and how to sample, from lm-eval's generation arguments.
@@ -213,22 +247,28 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
             "max_new_tokens": given.pop("max_gen_toks"),
             "temperature": temperature if sample else 0.0,
         }
-        names = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
+        defaults = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
         if sample:
-            names |= {"top_p": 1.0, "top_k": 50}
-        for name, default in names.items():
-            asked = given.pop(name, None)  # 0 is an answer: top_k 0 takes all tokens
-            chosen[name] = (getattr(own, name, None) or default) if asked is None else asked
-        for name in ("top_p", "top_k", "seed", "use_cache"):  # of no effect in greedy decoding
+            defaults |= {"top_p": 1.0, "top_k": 50}
+        for name, default in defaults.items():
+            # 0 is an answer, of a task and of a model: top_k 0 takes all tokens.
+            said = (given.pop(name, None), getattr(own, name, None), default)
+            chosen[name] = next(value for value in said if value is not None)
+        chosen["seed"] = given.pop("seed", None)
+        for name in ("top_p", "top_k", "use_cache"):  # of no effect in greedy decoding
             given.pop(name, None)
         if given:
             raise ReftConfigError(
                 f"generation arguments {sorted(given)} are not known; accepted are until, "
-                f"do_sample, max_gen_toks, temperature, top_p, top_k and {', '.join(names)}."
+                "do_sample, max_gen_toks, temperature, top_p, top_k, seed, repetition_penalty, "
+                "no_repeat_ngram_size and num_beams."
             )
-        # Where text may precede the answer, what stops there must not stop the generation.
+        # Where text may precede the answer, what stops there must not stop the generation. A
+        # special token does so anyway: it ends a turn, and none of the text says where it was.
         stop = () if self.think_end_token is not None else tuple(s for s in until if s)
-        return until, Sampling(stop=stop, **chosen)
+        special = special_ids(self.tokenizer)
+        ends = tuple(special[s] for s in until if s in special and s != eos)
+        return until, Sampling(stop=stop, stop_token_ids=ends, **chosen)
 
     def _reply(self, completion: Completion, until: list[str]) -> str:
         end, text = self.think_end_token, completion.text
@@ -241,12 +281,55 @@ class ReftuneLM(HFLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return lm-eval's facts on the model, and which adapter acted how much."""
-        info: dict[str, Any] = super().get_model_info()
+        # Not HFLM's: it asks the Hub about any name, and a folder's may be there a stranger's.
+        info = {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": self.model.dtype,
+            "model_revision": self.revision,
+            "model_sha": _commit(self.pretrained, self.revision, "config.json"),
+        }
+        if self.peft:
+            marks = ("adapter_config.json", WEIGHTS_CONFIG)
+            info["peft_sha"] = _commit(*split_revision(self.peft), *marks)
         return info | {
             "adapter": self.peft,
             "strength": self.strength,
             "identity": fingerprint(self.model),
         }
+
+    def cache_key(self) -> str:
+        """Return a digest of all that changes the answer to a request."""
+        text = ("max_length", "add_bos_token", "prefix_token_id")
+        thought = ("think_end_token", "enable_thinking", "chat_template_args")
+        told = {name: getattr(self, name) for name in (*text, *thought)}
+        told |= {"model": fingerprint(self.model), "softmax_dtype": self._scorer.dtype}
+        whole = json.dumps(told, sort_keys=True, default=str)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _adapter_of(
+    adapter: str | Loaded | None, peft: str | None, trust_remote_code: bool | None
+) -> str | Loaded:
+    if trust_remote_code:
+        raise ReftConfigError(
+            f"trust_remote_code={trust_remote_code} is not accepted: models with code of their "
+            "own are not loaded. Leave the option out."
+        )
+    given = [one for one in (adapter, peft) if one is not None]
+    if len(given) != 1:
+        raise ReftConfigError(
+            f"{'both' if given else 'none'} of adapter= and peft= are given, which mean the same. "
+            "Give one: the adapter's directory, a run's, or a name on the Hub."
+        )
+    return given[0]
+
+
+def _commit(name: str, revision: str | None, *files: str) -> str:
+    """Return the commit of what was loaded by its Hub name, found by one of its files; or ""."""
+    if not is_hub_name(name):
+        return ""
+    cached = (try_to_load_from_cache(name, file, revision=revision) for file in files)
+    return next((Path(path).parent.name for path in cached if isinstance(path, str)), "")
 
 
 def run_tasks(
@@ -259,11 +342,15 @@ def run_tasks(
     chat_template: bool = False,
     manager: TaskManager | None = None,
     cache: Path | None = None,
+    confirm_run_unsafe_code: bool = False,
+    on_found: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Evaluate lm-eval's tasks with the adapter, and the `base`: {task: {who: {metric: value}}}.
 
     With a folder `cache`, answers are kept there as they come, and a killed evaluation goes on.
     A `manager` knows other tasks than lm-eval's own: TaskManager(include_path=folder of YAMLs).
+    Tasks that run what the model writes want `confirm_run_unsafe_code`. `on_found(who, found)` is
+    given all that lm-eval says of each: versions, samples, seeds.
 
     Raises:
         ReftConfigError: lm-eval has no such task.
@@ -281,19 +368,25 @@ def run_tasks(
             if cache is not None:
                 # lm-eval's key is the request alone: another model needs another file.
                 cache.mkdir(parents=True, exist_ok=True)
-                key = hashlib.sha256(fingerprint(lm.model).encode()).hexdigest()[:16]
-                path = str(cache / f"{who}-{key}")
-            found = simple_evaluate(
-                model=lm,
-                tasks=list(tasks),
-                num_fewshot=num_fewshot,
-                limit=limit,
-                use_cache=path,
-                apply_chat_template=chat_template,
-                fewshot_as_multiturn=chat_template,
-                task_manager=manager,
-                log_samples=False,
-            )
+                path = str(cache / f"{who}-{lm.cache_key()}")
+            try:
+                found = simple_evaluate(
+                    model=lm,
+                    tasks=list(tasks),
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    use_cache=path,
+                    apply_chat_template=chat_template,
+                    fewshot_as_multiturn=chat_template,
+                    task_manager=manager,
+                    log_samples=False,
+                    confirm_run_unsafe_code=confirm_run_unsafe_code,
+                )
+            finally:
+                # lm-eval leaves the file on the model, which would write other answers into it.
+                lm.set_cache_hook(CacheHook(None))
+        if on_found is not None:
+            on_found(who, found)
         for task, values in found["results"].items():
             results.setdefault(task, {})[who] = values
     return results

@@ -24,6 +24,10 @@ from reftune_cli.chat import load_chat, named_adapter
 from reftune_cli.console import out
 
 LM_EVAL_RESULTS = "lm-eval.json"
+# What lm-eval says of how it evaluated. `config` is the adapter's, which comes last: only its
+# strength and its cache file are not the base's, too.
+HOW = ("config", "configs", "n-shot", "n-samples", "versions", "max_length", "lm_eval_version")
+LARGEST_CONFIGS = 1_000_000  # characters; a task of few YAMLs has some thousands
 
 
 def task_names(
@@ -90,11 +94,18 @@ class Request:
         return results
 
     def keep(
-        self, name: str, results: Mapping[str, Any], default: Callable[[Any], str] | None = None
+        self,
+        name: str,
+        results: Mapping[str, Any],
+        default: Callable[[Any], str] | None = None,
+        how: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write results into the folder, if there is one; `default` is `json.dumps`'s."""
+        """Write results into the folder, if there is one, and `how` they were got beside them.
+
+        `default` is `json.dumps`'s.
+        """
         if self.folder is not None:
-            text = json.dumps({"tasks": results}, indent=2, default=default)
+            text = json.dumps({"tasks": results, **(how or {})}, indent=2, default=default)
             write_text(self.folder / name, text + "\n")
 
 
@@ -159,8 +170,18 @@ def evaluate_lm_eval(
     _, path = named_adapter(request.adapters[0])
     reporter.say(f"Loading {path}")
     loaded = load_adapter(path, base=request.model, dtype=request.dtype)
+    lm = ReftuneLM(loaded, batch_size=request.batch_size)
+    # lm-eval names the template only in the file that its own command line writes.
+    how: dict[str, Any] = {
+        "chat_template": lm.chat_template(True) if chat_template else None,
+        "fewshot_as_multiturn": chat_template,
+    }
+
+    def keep(who: str, found: Mapping[str, Any]) -> None:
+        how.update({key: found[key] for key in HOW})
+
     results = run_tasks(
-        ReftuneLM(loaded, batch_size=request.batch_size),
+        lm,
         request.tasks,
         base=request.base,
         num_fewshot=num_fewshot,
@@ -168,9 +189,19 @@ def evaluate_lm_eval(
         chat_template=chat_template,
         manager=TaskManager(include_path=include_path),
         cache=request.folder / "lm-eval-cache" if request.folder else None,
+        on_found=keep,
     )
-    request.keep(LM_EVAL_RESULTS, results, default=str)
+    if not _is_small_json(how["configs"]):
+        del how["configs"]
+    request.keep(LM_EVAL_RESULTS, results, default=str, how=how)
     return results
+
+
+def _is_small_json(value: Any) -> bool:
+    try:
+        return len(json.dumps(value, default=str)) <= LARGEST_CONFIGS
+    except (TypeError, ValueError):  # keys that are no strings, or a circle
+        return False
 
 
 def show_lm_eval(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:

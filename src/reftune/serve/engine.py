@@ -169,7 +169,7 @@ class VLLMEngine:
                     engine.abort_request([output.request_id])
                     reason = "decided"
                 elif reason == "stop" and not isinstance(found.stop_reason, str):
-                    token_ids.pop()  # the end-of-sequence token
+                    token_ids.pop()  # the end-of-sequence token, or one of `stop_token_ids`
                 seen.add(i)
                 yield i, self._completion(prompts[i], token_ids, reason, sampling)
 
@@ -210,6 +210,7 @@ def _params(sampling: Sampling, index: int) -> Any:
         top_k=sampling.top_k,
         repetition_penalty=sampling.repetition_penalty,
         stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
         seed=None if sampling.seed is None else sampling.seed + index,
     )
 
