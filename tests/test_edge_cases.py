@@ -9,7 +9,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LongformerConfig,
+    LongformerForSequenceClassification,
+)
 
 import reftune
 from adapted_tiny import config, logits, phis, reft, strong, trainable
@@ -67,6 +71,42 @@ def test_modules_on_flattened_tokens_are_edited_at_their_positions() -> None:
         model(input_ids=ids)
     changed = (states[0] != states[1]).any(-1).view(2, 6)
     assert changed.tolist() == [[True] + [False] * 5] * 2
+
+
+@pytest.mark.parametrize("lengths", [None, [13, 7]])
+def test_a_model_that_pads_by_itself_is_edited_at_the_end_of_its_tokens(
+    lengths: list[int] | None,
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    about = LongformerConfig(
+        vocab_size=64, num_hidden_layers=2, attention_window=8, pad_token_id=0, **sizes
+    )
+    base = LongformerForSequenceClassification(about).eval()
+    settings = ReftConfig(r=2, positions="l2", layers=[0], task_type="SEQ_CLS")
+    model = strong(get_peft_model(base, settings)).eval()
+    states: list[torch.Tensor] = []
+    layer = next(iter(reftune.reft_layers(model)))
+    model.get_submodule(layer).register_forward_hook(lambda _m, _a, out: states.append(out))
+    inner = model.get_submodule(layer.rpartition(".")[0])
+    ids = torch.randint(3, 64, (2, 13), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids}
+    if lengths is not None:
+        given["attention_mask"] = (torch.arange(13) < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        model(**given)
+        edited = states.pop()
+        with model.disable_adapter():
+            hook = inner.register_forward_hook(
+                lambda _m, _a, out: states.append(out[0] if isinstance(out, tuple) else out)
+            )
+            model(**given)
+            hook.remove()
+    edited = edited[0] if isinstance(edited, tuple) else edited
+    assert edited.shape[1] == 16, "two windows"
+    changed = (edited != states[-1]).any(-1).nonzero().tolist()
+    ends = lengths or [13, 13]
+    assert changed == [[b, n - k] for b, n in enumerate(ends) for k in (2, 1)]
 
 
 def test_a_stream_has_the_options_of_where_it_was_asked_for() -> None:

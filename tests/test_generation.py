@@ -17,6 +17,7 @@ from transformers import (
     BartForConditionalGeneration,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     T5Config,
@@ -346,6 +347,52 @@ def test_a_generate_that_continues_a_cache_has_all_of_its_input_as_the_prompt(ll
     with pytest.warns(UserWarning, match="goes on with a cache.*another than without the cache"):
         got = llama.generate(ids, **GREEDY, past_key_values=first.past_key_values)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("positions", "rule", "n", "warned"),
+    [
+        ("f7", "paper", 5, True),
+        ("f7", "paper", 7, False),
+        ("f4", "pyreft", 5, True),
+        ("f2", "pyreft", 5, False),
+    ],
+)
+def test_a_cache_of_a_prompt_too_short_for_its_prefix_is_told(positions, rule, n, warned):
+    model = attach(tiny_llama(), positions=positions, short_prompts=rule)
+    with torch.no_grad():
+        cache = model(prompt(n), prompt_lengths=torch.tensor([n])).past_key_values
+    ids = torch.cat([prompt(n), prompt(9, seed=1)], dim=1)
+    match = "first tokens are edited as those of a prompt of"
+    with pytest.warns(UserWarning, match=match) if warned else nullcontext():
+        model.generate(ids, **GREEDY, past_key_values=cache)
+
+
+def test_guidance_is_refused_and_not_guessed(llama):
+    ids, other = prompt(9), prompt(5, seed=1)
+    for how in (
+        {"guidance_scale": 1.5},
+        {"generation_config": GenerationConfig(guidance_scale=1.5, **GREEDY)},
+    ):
+        with pytest.raises(PositionError, match=r"guidance_scale=1\.5"):
+            llama.generate(ids, negative_prompt_ids=other, **how)
+    same = llama.generate(ids, **GREEDY)
+    assert torch.equal(llama.generate(ids, **GREEDY, guidance_scale=1.0), same)
+    with llama.disable_adapter():  # nothing is edited
+        llama.generate(ids, **GREEDY, guidance_scale=1.5, negative_prompt_ids=other)
+
+
+def test_labels_after_a_filled_cache_tell_the_prompt(llama):
+    ids = prompt(12)
+    labels = ids.clone()
+    labels[:, :9] = -100
+    with torch.no_grad():
+        lengths = torch.tensor([9])
+        cache = llama(ids[:, :6], prompt_lengths=lengths).past_key_values
+        told = llama(ids[:, 6:], past_key_values=cache, prompt_lengths=lengths).logits
+        cache = llama(ids[:, :6], prompt_lengths=lengths).past_key_values
+        found = llama(ids[:, 6:], past_key_values=cache, labels=labels[:, 6:]).logits
+    assert torch.equal(found, told)
 
 
 @pytest.mark.parametrize("positions", ["f2", "f2+l2", "l1", "all"])

@@ -28,6 +28,7 @@ ROOMS = (
     "controls",
     "composition",
     "trainers",
+    "generating",
     "checkpoint",
     "tuner",
     "together",

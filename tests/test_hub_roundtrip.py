@@ -22,6 +22,7 @@ import fake_hub
 import reftune
 from fake_hub import FakeHub
 from hub_tiny import BASE, DATA, hub_in_place
+from reftune import publish
 from reftune.errors import RunError
 from reftune.publish import push
 from reftune.run import execute, load_adapter
@@ -187,6 +188,40 @@ def test_an_adapter_on_a_folder_needs_a_name_for_its_base(
     push(tmp_path, "user/local", base_model=BASE)
     assert str(folder).encode() not in b"".join(hub.files("user/local").values())
     assert torch.equal(logits(load_adapter("user/local", dtype="float32").model), logits(model))
+
+
+def test_of_a_trainers_directory_the_adapter_is_pushed(
+    hub: FakeHub, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        reftune.ReftConfig(task_type="CAUSAL_LM", r=2, positions="f2+l2"),
+    )
+    for place in ("", "edits", "checkpoint-5"):
+        model.save_pretrained(str(tmp_path / place))
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        (tmp_path / name).write_bytes(b"hf_secret")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    commit = hub.model(BASE).branches["main"]
+    push(tmp_path, "user/trained", base_model=f"{BASE}@{commit}")
+    assert sorted(set(hub.files("user/trained")) - {".gitattributes"}) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
+    ]
+    written = json.loads(hub.files("user/trained")["adapter_config.json"])
+    assert (written["base_model_name_or_path"], written["revision"]) == (BASE, commit)
+    assert "edits is another adapter, which is not pushed" in caplog.text
+    assert "checkpoint-5" not in caplog.text
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match="no weights in safetensors"):
+        push(tmp_path, "user/trained", base_model=BASE)
+
+
+def test_tags_are_left_alone_where_no_base_was_recorded(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("---\ntags: [lora, reft]\n---\ntext\n")
+    publish._rename_base(card, "", "org/base")
+    found = ModelCard.load(card)
+    assert (found.data.tags, found.data.base_model) == (["lora", "reft"], "org/base")
 
 
 def test_private_is_not_pushed_to_what_is_public(hub: FakeHub, run: Path) -> None:

@@ -248,6 +248,48 @@ def test_saved_right_after_a_step_and_trained_further(method: str, tmp_path: Pat
     assert max(error_of(R) for R in every_R(again)) < 1e-5
 
 
+def test_what_is_written_through_data_is_saved_as_it_will_be_loaded(tmp_path: Path) -> None:
+    model = adapted()
+    step(model, torch.optim.AdamW(trainable(model), lr=1e-2))
+    for layer in reft_layers(model).values():
+        R = layer.phi("default").raw_R()
+        R.data.add_(0.1 * torch.randn_like(R))  # a moving average's copy, for instance
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    rotations = [t for name, t in saved.items() if name.endswith(".R")]
+    assert rotations
+    for R in rotations:
+        assert error_of(R) < 1e-5
+    for R in every_R(model):
+        assert error_of(R) < 1e-5
+
+
+class Sharded(Optimizer):
+    """As ZeroRedundancyOptimizer: steps what it owns, and is sent the rest."""
+
+    def __init__(self, owned: list[nn.Parameter], sent: dict[nn.Parameter, Tensor]) -> None:
+        super().__init__([*owned, *sent], {})
+        self.optim, self.sent = torch.optim.SGD(owned, lr=0.1), sent
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optim.step()
+        for parameter, value in self.sent.items():
+            parameter.data.copy_(value)
+
+
+def test_what_other_processes_stepped_is_not_moved_twice() -> None:
+    owner, here = toy_layer(), toy_layer()
+    there, R = owner.phi("default").raw_R(), here.phi("default").raw_R()
+    there.grad = torch.randn(there.shape, generator=torch.Generator().manual_seed(1))
+    torch.optim.SGD([there], lr=0.1).step()
+    assert (there - R).abs().max() > 0.01
+    others = [p for p in here.parameters() if p is not R]
+    for parameter in others:
+        parameter.grad = torch.zeros_like(parameter)
+    Sharded(others, {R: there.detach().clone()}).step()
+    torch.testing.assert_close(R.detach(), there.detach(), rtol=0, atol=1e-6)
+
+
 def test_loaded_rotation_that_is_not_orthonormal_is_made_so() -> None:
     layer = toy_layer()
     state = layer.state_dict()

@@ -178,6 +178,48 @@ def test_adapters_are_added_switched_and_deleted(tmp_path):
     assert torch.equal(logits(model), second)
 
 
+def test_what_is_active_after_a_deletion_is_the_same_on_all_layers():
+    model = attach(1, positions="l1")  # "default", on both layers
+    model.add_adapter("b", config(layers=[0], positions="l1"))
+    model.add_adapter("c", config(layers=[1], positions="l1"))
+    randomise(model, 3)
+    model.set_adapter("b")
+    expected = logits(model)
+    model.set_adapter("default")
+    with pytest.warns(UserWarning, match="was active which is now deleted"):  # PEFT, by layer
+        model.delete_adapter("default")
+    assert model.base_model.active_adapters == ["b"]
+    assert torch.equal(logits(model), expected)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".reft_phi.b." in name), name
+    model.requires_grad_(False)
+    model.delete_adapter("c")  # which was not active: nothing else changes
+    assert model.base_model.active_adapters == ["b"]
+    assert not any(p.requires_grad for p in model.parameters())
+    model.delete_adapter("b")
+    assert torch.equal(logits(model.base_model.model), BASE)
+
+
+def test_saved_modules_may_have_counters(tmp_path: Path) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.out = nn.BatchNorm1d(32), nn.Linear(32, 2)
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        model = tiny_llama()
+        model.head = Head()
+        return model
+
+    model = get_peft_model(base(), config(modules_to_save=["head"]))
+    model.base_model.model.head.modules_to_save["default"].norm.num_batches_tracked.fill_(7)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    head = loaded.base_model.model.head.modules_to_save["default"]
+    assert int(head.norm.num_batches_tracked) == 7
+
+
 def test_two_active_adapters_edit_one_after_the_other():
     model = attach(1, layers=[0], positions="l1")
     model.add_adapter("second", config(layers=[1], positions="l1"))

@@ -49,8 +49,9 @@ def add_heads(model: nn.Module, config: ReftConfig) -> None:
 def head_modules(model: nn.Module) -> list[str]:
     """Return the paths of the modules of a transformers model that make up a new head.
 
-    Those are beside the backbone, or its children (a pooler), and no checkpoint had any weight of
-    them; in a model that was not loaded, all that are beside the backbone.
+    Those are beside the backbone, and the checkpoint lacked some weight of them (of another number
+    of classes, for instance), or children of the backbone (a pooler) that it had no weight of; in a
+    model that was not loaded, all that are beside the backbone.
     """
     prefix = getattr(model, "base_model_prefix", "")  # of transformers' models
     backbone = getattr(model, prefix, None) if prefix else None
@@ -58,7 +59,7 @@ def head_modules(model: nn.Module) -> list[str]:
         return []
     known = _has_marks(model)
     beside = [n for n, child in _with_weights(model) if n != prefix]
-    beside = [n for n in beside if not known or _is_new(model.get_submodule(n))]
+    beside = [n for n in beside if not known or _is_partly_new(model.get_submodule(n))]
     inside = [n for n, child in _with_weights(backbone) if known and _is_new(child)]
     return [*(f"{prefix}.{name}" for name in inside), *beside]
 
@@ -78,6 +79,10 @@ def _has_marks(model: Any) -> bool:
 
 def _is_new(module: nn.Module) -> bool:
     return not any(getattr(parameter, _LOADED, False) for parameter in module.parameters())
+
+
+def _is_partly_new(module: nn.Module) -> bool:
+    return not all(getattr(parameter, _LOADED, False) for parameter in module.parameters())
 
 
 def _only(model: nn.Module, name: str) -> str:

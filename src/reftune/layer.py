@@ -286,6 +286,14 @@ def subspace_mask(
 
 
 def _retract_before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Orthonormalise R before it is saved, for a save right after an optimizer step."""
+    """Orthonormalise R before it is saved, for a save right after an optimizer step.
+
+    Here by its values: what is written through `.data` (moving averages, flat vectors of
+    parameters) leaves no other trace, and would be loaded as another R than was saved.
+    """
     assert isinstance(module, ReftLayer)
-    retract([phi for phi in module.reft_phi.values() if isinstance(phi, Intervention)])
+    phis = [phi for phi in module.reft_phi.values() if isinstance(phi, Intervention)]
+    for phi in phis:
+        if phi.orthonormal and not phi.is_view:
+            phi.tracker.look(phi.raw_R())
+    retract(phis)

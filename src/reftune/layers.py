@@ -88,6 +88,15 @@ def find_layer_list(model: nn.Module) -> str:
     )
 
 
+def pads_right(model: nn.Module) -> bool:
+    """Return whether a model pads what it is given to whole windows or blocks of attention.
+
+    Longformer, LED, BigBird: by methods of these names, on the right.
+    """
+    names = ("_pad_to_window_size", "_pad_to_block_size")
+    return any(hasattr(module, name) for module in model.modules() for name in names)
+
+
 def decoder_of(model: Any) -> nn.Module | None:
     """Return the decoder of an encoder-decoder, all of whose tokens are generated."""
     config = getattr(model, "config", None)  # the border to any model class

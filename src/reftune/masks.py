@@ -22,12 +22,14 @@ class Entry:
         causal_lm: whether `labels` are those of a causal language model.
         argument_names: of `forward`, to tell positional arguments.
         generated: whether all its tokens are: it is the decoder of an encoder-decoder.
+        pads_right: whether the model itself may pad what it is given, on the right.
     """
 
     model: object
     causal_lm: bool
     argument_names: list[str]
     generated: bool = False
+    pads_right: bool = False
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return all arguments by name."""

@@ -120,6 +120,11 @@ class Tracker:
         unseen = not self._is_stepped_itself and self._steps != _optimizer_steps[0]
         return not self.is_settled(R) or (R.requires_grad and unseen)
 
+    def look(self, R: Tensor) -> None:
+        """Notice by its values that R was changed, where they are all here."""
+        if not (R.is_meta or R.is_inference() or isinstance(R, DTensor) or is_copied(R)):
+            self._stamp = self._stamp if is_orthonormal(R.detach()) else None
+
     def is_settled(self, R: Tensor) -> bool:
         """Return whether R is the tensor, of the version, that was orthonormal."""
         return _stamp_of(R) == self._stamp
@@ -228,6 +233,10 @@ def _watched(optimizer: Optimizer) -> list[tuple[Tensor, Tracker]]:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if isinstance(getattr(optimizer, "optim", None), Optimizer):
+        # ZeroRedundancyOptimizer: the one inside steps what this process owns, and after it the
+        # others' parameters come as their steps have left them, twice as far already.
+        return
     for R, tracker in _watched(optimizer):
         tracker.begin_step(R)
 

@@ -7,6 +7,7 @@ its config and results. Folders of this machine are left out.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,13 +20,18 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from reftune.card import model_card
 from reftune.data import source_name
 from reftune.errors import RunError
-from reftune.hub import hub_errors, is_hub_name
+from reftune.hub import hub_errors, is_hub_name, split_revision
 from reftune.methods import WEIGHTS_CONFIG
 from reftune.run import RESULTS, write_text
 from reftune.settings import RunConfig, load_config
 from reftune.stored import CONFIG, adapter_directory
 
+log = logging.getLogger("reftune")
+
 _CARD = "README.md"
+# Adapter and tokenizer. A trainer's directory has more: its state, pickles with a token in them.
+_PUSHED = (".json", ".safetensors", ".md", ".png", ".txt", ".model", ".jinja")
+_NOT_PUSHED = ("trainer_state.json",)
 
 
 def push(
@@ -69,13 +75,11 @@ def push(
 
 def prepare(directory: Path, target: Path, repo: str, base_model: str | None = None) -> None:
     """Write to `target` what is pushed. Raises RunError where others could not load it."""
-    for file in sorted(directory.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            shutil.copyfile(file, target / file.name)
+    _copy_files(directory, target)
     about = _config_file(target)
     values: dict[str, Any] = json.loads(about.read_text(encoding="utf-8"))
     named = values.get("base_model_name_or_path") or ""
-    base = base_model or named
+    base, commit = split_revision(base_model) if base_model else (named, None)
     if not is_hub_name(base):
         raise RunError(
             f"The adapter's base model is {base!r}, which others do not have. Give its name on the "
@@ -83,7 +87,7 @@ def prepare(directory: Path, target: Path, repo: str, base_model: str | None = N
         )
     values["base_model_name_or_path"] = base
     if base_model is not None and "revision" in values:
-        values["revision"] = None  # it was that of another name
+        values["revision"] = commit  # what stood there was that of another name
     write_text(about, json.dumps(values, indent=2, sort_keys=True) + "\n")
     run = directory.parent
     if not ((run / CONFIG).is_file() and (run / RESULTS).is_file()):
@@ -91,12 +95,28 @@ def prepare(directory: Path, target: Path, repo: str, base_model: str | None = N
         return
     config = load_config(run / CONFIG)
     results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+    results.pop("system", None)  # which machine it was is nobody else's business
     write_text(target / CONFIG, _without_folders(config, base))
-    shutil.copyfile(run / RESULTS, target / RESULTS)
+    write_text(target / RESULTS, json.dumps(results, indent=2) + "\n")
     write_text(
         target / _CARD,
         model_card(config, base, results, revision=values.get("revision"), where=repo),
     )
+
+
+def _copy_files(directory: Path, target: Path) -> None:
+    """Copy what an adapter consists of: no pickles (a trainer's arguments have a token in them)."""
+    below = [p.parent for p in sorted(directory.glob("*/adapter_config.json"))]
+    for other in (p for p in below if not p.name.startswith("checkpoint-")):
+        log.warning("%s is another adapter, which is not pushed with this one.", other)
+    for file in sorted(directory.glob("[!.]*")):
+        if file.suffix in _PUSHED and file.name not in _NOT_PUSHED:
+            shutil.copyfile(file, target / file.name)
+    if not list(target.glob("*.safetensors")):
+        raise RunError(
+            f"{directory} has no weights in safetensors (*.safetensors), the one format that is "
+            "pushed: save the adapter anew with save_pretrained."
+        )
 
 
 def _rename_base(card: Path, old: str, new: str) -> None:
@@ -105,7 +125,8 @@ def _rename_base(card: Path, old: str, new: str) -> None:
         return
     found = ModelCard.load(card)
     found.data.base_model = new
-    found.data.tags = [tag.replace(old, new) for tag in found.data.tags or []] or None
+    if old:  # else it is between all letters
+        found.data.tags = [tag.replace(old, new) for tag in found.data.tags or []] or None
     found.save(card)
 
 

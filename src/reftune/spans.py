@@ -84,6 +84,7 @@ class Span:
     packed_ends: Tensor | None = None  # (N + 1,) from 0: of N sequences packed into one row
     past: int | Tensor = 0
     generated: bool = False
+    pads_right: bool = False
     shape: tuple[int, int] | None = None  # (B, S) of this call, where it has ids or embeddings
     seen: int = 0
     options: Options = field(default_factory=Options)
@@ -171,7 +172,9 @@ class Span:
             return attended & (attended.cumsum(-1) <= lengths), attended, segments
         if self.labels is not None:
             labels = match_batch(self.labels.to(device), B)
-            if labels is not None and labels.shape[1] == S == T:
+            past = self.past if isinstance(self.past, int) else -1
+            if labels is not None and labels.shape[1] == S == T - past:
+                labels = torch.nn.functional.pad(labels, (past, 0), value=-100)  # of the cache
                 return before_first_label(labels, segments) & attended, attended, segments
         return self._without_labels(attended, S), attended, segments
 
@@ -201,6 +204,9 @@ class Span:
         mask = self._token_mask(past, S)
         if mask is not None:
             mask = match_batch(mask.to(device).ne(0), B)
+        if self.pads_right and self.shape is not None and past == 0 and self.shape[1] < S:
+            told = torch.ones(B, self.shape[1], dtype=torch.bool, device=device)
+            mask = fit(told if mask is None else mask, S, "attention_mask")
         if mask is None or mask.shape[1] < past + S:
             # None was given, or it is another tower's: every token counts.
             return torch.ones(B, T, dtype=torch.bool, device=device)
@@ -322,6 +328,7 @@ def open_span(
         packed_ends=packed_ends(call.get("cu_seq_lens_q"), shape),
         past=past_length(call, ids, unknown),
         generated=entry.generated,
+        pads_right=entry.pads_right,
         shape=shape,
         options=given,
         generation=generation,
@@ -363,10 +370,11 @@ class SpanCarrier:
         return self.function(run_in_span, *args, **kwargs)
 
 
-def entry_of(module: nn.Module, model: object, causal_lm: bool, generated: bool = False) -> Entry:
-    """Describe `module` as an entry of `model`."""
+def entry_of(module: nn.Module, *facts: Any) -> Entry:
+    """Describe `module` as an entry; the facts are `Entry`'s, without the names of arguments."""
+    model, causal_lm, *others = facts
     names = list(inspect.signature(module.forward).parameters)
-    return Entry(model, causal_lm, names, generated)
+    return Entry(model, causal_lm, names, *others)
 
 
 @contextmanager
@@ -388,5 +396,6 @@ def _refine(span: Span, call: dict[str, Any]) -> None:
     A multiple-choice model is called with (B, C, S) and calls its backbone with (B*C, S).
     """
     mask = call.get("attention_mask")
-    if span.mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
-        span.mask = mask
+    # Floats are added to attention's scores: 0 is a token there.
+    tells = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
+    span.mask = mask if span.mask is None and tells else span.mask

@@ -8,7 +8,6 @@ language model is wrapped to say where its prompt ends: only there is that known
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,28 +25,19 @@ from transformers import GenerationMixin
 from reftune.checkpoint import check_before_injection, check_state_dict
 from reftune.composition import CombinationType, combine
 from reftune.config import ReftConfig
-from reftune.context import CURRENT_OPTIONS, options
-from reftune.errors import MergeError, PositionError, ReftConfigError
+from reftune.context import options
+from reftune.errors import MergeError, ReftConfigError
+from reftune.generating import ROOT, generate
 from reftune.heads import WITH_HEAD, add_heads
 from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
-from reftune.layers import decoder_of, find_targets, residual_streams
-from reftune.masks import past_length
+from reftune.layers import decoder_of, find_targets, pads_right, residual_streams
 from reftune.mixed import check_adapter_names, check_names_of_call, check_names_of_span
 from reftune.recompute import carry_spans, drop_carriers, plain_name
-from reftune.spans import (
-    PAGED,
-    Span,
-    close_span,
-    entry_of,
-    generation,
-    is_idle,
-    open_span,
-)
+from reftune.spans import Span, close_span, entry_of, is_idle, open_span
 from reftune.trainers import PromptWatch, active_keys, watch_trainers
 
 _CHILD = "reft"
-_ROOT = "_reft_root"
 _ENTRY = "_reft_entry"
 
 
@@ -100,7 +90,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
 
     def _check_name(self, adapter_name: str) -> None:
         """Raise where PEFT could not save one ReFT of several, or an earlier one is in the way."""
-        root = vars(self.model).get(_ROOT)
+        root = vars(self.model).get(ROOT)
         layers = {} if root is None else root.layers
         left = [n for n, layer in layers.items() if adapter_name in layer.configs]
         if left and set(left) - set(find_targets(self.model, self.peft_config[adapter_name])):
@@ -193,6 +183,19 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         """Refuse: see `MergeError`."""
         raise MergeError(CANNOT_MERGE)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active, the first of those left is, on all layers.
+
+        PEFT chooses one for each layer by itself, and adapters of other layers are others.
+        """
+        before = list(self.active_adapters)
+        super().delete_adapter(adapter_name)
+        left = [name for name in before if name != adapter_name]
+        if left != before:
+            self.set_adapter(left or list(self.peft_config)[:1])
+        else:
+            self.active_adapter = before
+
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -261,16 +264,16 @@ def detach(model: nn.Module) -> None:
     for entry in root.entries:
         delattr(entry, _ENTRY)
     drop_carriers((*root.entries, *root.targets))
-    for attribute in ("generate", _ROOT, "peft_config"):
+    for attribute in ("generate", ROOT, "peft_config"):
         if attribute in vars(model):
             delattr(model, attribute)
 
 
 def _root_of(model: nn.Module) -> Root:
-    root = vars(model).get(_ROOT)
+    root = vars(model).get(ROOT)
     if root is None:
         root = Root(PromptWatch(model))
-        object.__setattr__(model, _ROOT, root)
+        object.__setattr__(model, ROOT, root)
     assert isinstance(root, Root)
     return root
 
@@ -282,7 +285,7 @@ def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
     root.edits_generated |= config.edit_generated
     structure = _is_causal_lm(model) and config.task_type not in WITH_HEAD
     causal_lm = structure or config.task_type == "CAUSAL_LM"
-    decoder = decoder_of(model)
+    decoder, pads = decoder_of(model), pads_right(model)
     paths = {""}
     for name in root.layers:
         parts = name.split(".")[:-1]
@@ -291,12 +294,13 @@ def _hook_entries(model: nn.Module, config: ReftConfig) -> None:
         module = model.get_submodule(path)
         if isinstance(module, nn.ModuleList) or _ENTRY in vars(module):
             continue
-        object.__setattr__(module, _ENTRY, entry_of(module, root, causal_lm, module is decoder))
+        entry = entry_of(module, root, causal_lm, module is decoder, pads)
+        object.__setattr__(module, _ENTRY, entry)
         root.entries.append(module)
         root.handles.append(module.register_forward_pre_hook(_open, with_kwargs=True))
         root.handles.append(module.register_forward_hook(_close, always_call=True))
     if _is_causal_lm(model) and "generate" not in vars(model):
-        object.__setattr__(model, "generate", functools.partial(_generate, model))
+        object.__setattr__(model, "generate", functools.partial(generate, model))
 
 
 def _is_causal_lm(model: Any) -> bool:
@@ -351,37 +355,6 @@ def _retract_active(root: Root, span: Span) -> None:
             if name in layer.configs and isinstance(phi := layer.reft_phi[name], Intervention)
         ]
     )
-
-
-# With the name of what it wraps it would be pickled as that, and a copy would lose the wrapper.
-@functools.wraps(GenerationMixin.generate, assigned=("__doc__",), updated=())
-def _generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("cache_implementation") == "paged":
-        raise PositionError(PAGED)
-    given = [inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs")]
-    prompt = next((t for t in given if isinstance(t, Tensor)), None)
-    mask = kwargs.get("attention_mask")
-    mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    columns = 1 if prompt is None else prompt.shape[1]  # 1: generate starts from a BOS
-    past = int(past_length(kwargs, prompt, 0))
-    if mask is not None:
-        columns = max(columns, mask.shape[1])  # the ids may be those after a cache alone
-    if past and not CURRENT_OPTIONS.get().tell_prompt:
-        _warn_of_earlier_edits(_root_of(self))
-    with generation(columns, mask):
-        return type(self).generate(self, inputs, *args, **kwargs)
-
-
-def _warn_of_earlier_edits(root: Root) -> None:
-    positions = [key.positions for key in active_keys(list(root.layers.values()))]
-    if any(p.suffix or p.everything for p in positions):
-        warnings.warn(
-            "generate goes on with a cache. In it the last tokens of an earlier prompt (positions "
-            "'l...' or 'all') stay edited, as in one longer prompt they are not: the result is "
-            "another than without the cache. Give all tokens without it for that.",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def _pass_adapter_names(
