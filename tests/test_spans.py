@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
-from reftune import PositionError, ReftConfig, options, reft_layers, spans
+from reftune import PositionError, ReftConfig, masks, options, reft_layers, spans
 from tiny import tiny_llama
 
 # PEFT 0.21 asks a model for a property that transformers 5.23 deprecates.
@@ -103,7 +103,7 @@ def test_lengths_and_labels_count_attended_tokens(side: str, model: PeftModel) -
 
 def test_labels_of_a_classifier_are_no_prompt() -> None:
     model = adapted(task_type=None)
-    entry = spans.entry_of(model, model, causal_lm=False)
+    entry = masks.entry_of(model, model, causal_lm=False)
     _, span = spans.open_span(model, entry, (), {"input_ids": IDS, "labels": IDS})
     spans.close_span(model)
     assert span is not None

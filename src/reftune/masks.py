@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reftune.errors import PositionError
 
@@ -34,6 +35,18 @@ class Entry:
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return all arguments by name."""
         return {**dict(zip(self.argument_names, args, strict=False)), **kwargs} if args else kwargs
+
+
+def entry_of(
+    module: nn.Module,
+    model: object,
+    causal_lm: bool,
+    generated: bool = False,
+    pads_right: bool = False,
+) -> Entry:
+    """Describe `module` as an entry of `model`."""
+    names = list(inspect.signature(module.forward).parameters)
+    return Entry(model, causal_lm, names, generated, pads_right)
 
 
 def as_token_mask(mask: Any, ids: Any) -> Tensor | None:

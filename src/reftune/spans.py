@@ -11,7 +11,6 @@ argument of the forward, or `options(...)` around it); the labels of a causal la
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -368,13 +367,6 @@ class SpanCarrier:
                 _span.set(outer)
 
         return self.function(run_in_span, *args, **kwargs)
-
-
-def entry_of(module: nn.Module, *facts: Any) -> Entry:
-    """Describe `module` as an entry; the facts are `Entry`'s, without the names of arguments."""
-    model, causal_lm, *others = facts
-    names = list(inspect.signature(module.forward).parameters)
-    return Entry(model, causal_lm, names, *others)
 
 
 @contextmanager

@@ -32,9 +32,10 @@ from reftune.heads import WITH_HEAD, add_heads
 from reftune.interventions import Intervention, retract
 from reftune.layer import CANNOT_MERGE, ReftLayer
 from reftune.layers import decoder_of, find_targets, pads_right, residual_streams
+from reftune.masks import entry_of
 from reftune.mixed import check_adapter_names, check_names_of_call, check_names_of_span
 from reftune.recompute import carry_spans, drop_carriers, plain_name
-from reftune.spans import Span, close_span, entry_of, is_idle, open_span
+from reftune.spans import Span, close_span, is_idle, open_span
 from reftune.trainers import PromptWatch, active_keys, watch_trainers
 
 _CHILD = "reft"
