@@ -62,7 +62,8 @@ def test_the_papers_settings(path: Path) -> None:
         config.data.max_length,
     )
     tuned = method == "direft" and family != "instruct"
-    assert (adapter.dropout, train.weight_decay) == ((0.05, 0.06) if tuned else (0.0, 0.0))
+    # The tuned runs' command has a weight decay of 0.06, which did nothing (docs/decisions.md).
+    assert (adapter.dropout, train.weight_decay) == ((0.05, 0.0) if tuned else (0.0, 0.0))
     warmup = 0.1 if method == "loreft" and family != "instruct" else 0.0
     assert train.warmup_ratio == warmup
 
