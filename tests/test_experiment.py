@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,8 @@ def test_a_judge_gets_the_base_models_replies_too(tmp_path: Path) -> None:
     assert statuses(run_cells(experiment)) == {"loreft-s42": "done"}
     folder = experiment.cells[0].config.directory / "alpaca_eval"
     assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", "base.json"]
+    (tmp_path / "alpaca_eval.json").rename(tmp_path / "elsewhere.json")
+    run_cells(experiment)  # what is finished asks for no data
     (reply,) = json.loads((folder / "base.json").read_text())
     assert (reply["instruction"], reply["dataset"]) == ("say zz", "koala")
     assert reply["generator"] == str(experiment.cells[0].config.model)
@@ -372,6 +376,22 @@ def test_a_killed_process_is_a_failed_cell_and_does_not_stop_the_rest(
     assert statuses(outcomes) == {"loreft-s42": "done", "lora-s42": "failed"}
     assert "killed" in str(outcomes[1].error)
     assert [row["status"] for row in read_cells(experiment)] == ["done", "failed"]
+
+
+def die_afterwards(experiment: Experiment, cell: Any, threads: int) -> Outcome:
+    """Be killed between two cells."""
+    threading.Timer(0.3, os._exit, (9,)).start()
+    return Outcome(cell.name, cell.variant, cell.point, cell.seed, "failed", "only noted")
+
+
+def test_a_process_that_is_killed_between_two_cells_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells_module, "_in_process", die_afterwards)
+    monkeypatch.setattr(cells_module, "write_cells", lambda *_: time.sleep(1))
+    experiment = load_experiment(write(tmp_path, methods=TWO, seeds=[1, 2]))
+    outcomes = run_cells(experiment, jobs=2)
+    assert [outcome.error for outcome in outcomes] == ["only noted"] * 4
 
 
 def note_the_gpu(experiment: Experiment, cell: Any, threads: int) -> Outcome:

@@ -200,6 +200,14 @@ def test_what_is_active_after_a_deletion_is_the_same_on_all_layers():
     assert torch.equal(logits(model.base_model.model), BASE)
 
 
+def test_the_last_adapter_of_a_model_with_a_head_can_be_deleted() -> None:
+    base = LlamaForSequenceClassification(tiny_llama().config)
+    model = get_peft_model(base, ReftConfig(task_type="SEQ_CLS", r=2, positions="l1"))
+    model.delete_adapter("default")
+    assert model.base_model.active_adapters == []
+    assert not model.peft_config
+
+
 def test_saved_modules_may_have_counters(tmp_path: Path) -> None:
     class Head(nn.Module):
         def __init__(self) -> None:

@@ -243,6 +243,9 @@ def test_a_key_that_an_earlier_version_did_not_have_does_not_stop_a_resume(tmp_p
     values = yaml.safe_load(path.read_text())
     assert values["train"].pop("warmup_ratio") is not None
     path.write_text(yaml.safe_dump(values))
+    other = tiny_run(tmp_path, train={"warmup_ratio": 0.5})
+    with pytest.raises(RunError, match=r"other settings \(train\.warmup_ratio\)"):
+        execute(other, resume=True)
     execute(config, resume=True)
     assert len(losses(config)) == 6
 

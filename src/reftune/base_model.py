@@ -61,7 +61,8 @@ def share_base_samples(experiment: Experiment, config: RunConfig) -> None:
             part = copy.with_name(f".{copy.name}.part")
             shutil.copyfile(path, part)
             os.replace(part, copy)
-    if (samples / BASE / f"{alpaca_eval.NAME}.jsonl").is_file():
+    there = (samples.parent / alpaca_eval.NAME / f"{BASE}.json").is_file()
+    if not there and (samples / BASE / f"{alpaca_eval.NAME}.jsonl").is_file():
         asked = [task for task in tasks_of(config) if task.name == alpaca_eval.NAME]
         who = {alpaca_eval.NAME: (BASE,)}
         alpaca_eval.write_outputs(asked, who, samples, {BASE: config.model})

@@ -290,7 +290,11 @@ def _in_pool(
                 if waiting:
                     cell = waiting.popleft()
                     with seeing_one_gpu(place):
-                        future = pools[place].submit(_in_process, experiment, cell, threads)
+                        try:
+                            future = pools[place].submit(_in_process, experiment, cell, threads)
+                        except BrokenProcessPool:  # killed since its last cell
+                            pools[place] = _one_process()
+                            future = pools[place].submit(_in_process, experiment, cell, threads)
                     running[future] = cell, place
             done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
             for future in done:

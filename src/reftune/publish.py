@@ -30,7 +30,10 @@ log = logging.getLogger("reftune")
 
 _CARD = "README.md"
 # Adapter and tokenizer. A trainer's directory has more: its state, pickles with a token in them.
-_PUSHED = (".json", ".safetensors", ".md", ".png", ".txt", ".model", ".jinja")
+_PUSHED = (
+    *(".json", ".safetensors", ".md", ".png", ".txt", ".jinja"),
+    *(".model", ".spm", ".bpe", ".vocab", ".tiktoken"),
+)
 _NOT_PUSHED = ("trainer_state.json",)
 
 

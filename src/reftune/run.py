@@ -223,16 +223,26 @@ def _is_run(directory: Path) -> bool:
 
 
 def _check_same(config: RunConfig, earlier: Path) -> None:
-    before, changed = yaml.safe_load(earlier.read_text()), []
+    before, changed = _as_now(earlier), []
     for section, key, value in _decisive(config):
         there = (before.get(section) or {}) if section else before
-        if there.get(key, value) != value:  # a key that an earlier version lacks is as it was
+        if there.get(key, value) != value:
             changed.append(f"{section}.{key}" if section else key)
     if changed:
         raise RunError(
             f"{earlier.parent} was started with other settings ({', '.join(changed)}), so it "
             "cannot be resumed with these. Use its own config.yaml, or another name."
         )
+
+
+def _as_now(earlier: Path) -> dict[str, Any]:
+    """Return a run's settings; those that an earlier version did not have are the defaults."""
+    values: dict[str, Any]
+    try:
+        values = load_config(earlier).model_dump(mode="json")
+    except ReftConfigError:  # it had a setting that there is no more
+        values = yaml.safe_load(earlier.read_text(encoding="utf-8"))
+    return values
 
 
 def _decisive(config: RunConfig) -> Iterator[tuple[str, str, Any]]:

@@ -192,10 +192,10 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         before = list(self.active_adapters)
         super().delete_adapter(adapter_name)
         left = [name for name in before if name != adapter_name]
-        if left != before:
-            self.set_adapter(left or list(self.peft_config)[:1])
-        else:
+        if left == before:
             self.active_adapter = before
+        elif names := left or list(self.peft_config)[:1]:  # saved modules take no empty list
+            self.set_adapter(names)
 
     def add_weighted_adapter(
         self,
