@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,9 +56,7 @@ def share_base_samples(experiment: Experiment, config: RunConfig) -> None:
         copy = samples / BASE / path.relative_to(folder)
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            part = copy.with_name(f".{copy.name}.part")
-            shutil.copyfile(path, part)
-            os.replace(part, copy)
+            write_text(copy, path.read_text(encoding="utf-8"))
     there = (samples.parent / alpaca_eval.NAME / f"{BASE}.json").is_file()
     if not there and (samples / BASE / f"{alpaca_eval.NAME}.jsonl").is_file():
         asked = [task for task in tasks_of(config) if task.name == alpaca_eval.NAME]

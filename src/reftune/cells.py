@@ -22,7 +22,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,6 +33,7 @@ from reftune.errors import RunError, RunInterrupted
 from reftune.experiment import Cell, Experiment, Point
 from reftune.run import (
     CONFIG,
+    ERROR,
     MAY_DIFFER,
     RESULTS,
     Silent,
@@ -45,7 +45,6 @@ from reftune.sources import choosing_data
 from reftune.workers import end_with_parent, seeing_one_gpu, usable_cpus
 
 CELLS = "cells.jsonl"
-ERROR = "error.txt"  # of a cell that failed: the traceback
 Status = Literal["pending", "done", "failed", "interrupted"]
 # Keys that change no number of a run.
 _ANY = {"output_dir", "evaluate.show", "evaluate.batch_size", "evaluate.base"}
@@ -75,7 +74,7 @@ def run_cells(
     """
     reporter = reporter or Silent()
     earlier = rows_of(experiment)
-    _check_other_seeds(experiment)
+    _check_other_seeds(experiment, earlier)
     outcomes = {
         cell.name: replace(status_of(cell), seconds=earlier.get(cell.name, {}).get("seconds", 0.0))
         for cell in experiment.cells
@@ -120,22 +119,19 @@ def status_of(cell: Cell) -> Outcome:
 
 def changed_keys(config: RunConfig) -> list[str]:
     """Return the keys whose values differ from those that a directory was run with."""
-    before = flat_config(config.directory)
+    path = config.directory / CONFIG
+    if not path.is_file():
+        return []
+    before = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
     now = dict(_flat(config.model_dump(mode="json")))
     ignored = _ANY | {f"{section}.{key}" for section, keys in MAY_DIFFER.items() for key in keys}
     return sorted(k for k in now if k not in ignored and before.get(k, now[k]) != now[k])
 
 
-def flat_config(directory: Path) -> dict[str, Any]:
-    """Return what a directory was run with, {"train.epochs": 3}; {} where nothing was."""
-    path = directory / CONFIG
-    return dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8")))) if path.is_file() else {}
-
-
-def _check_other_seeds(experiment: Experiment) -> None:
+def _check_other_seeds(experiment: Experiment, earlier: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise RunError where a mean over seeds would be one over settings, too."""
     asked = {cell.name for cell in experiment.cells}
-    for name, row in rows_of(experiment).items():
+    for name, row in earlier.items():
         arm = row["variant"], row["point"]
         same = [c for c in experiment.cells if (c.variant, json.loads(json.dumps(c.point))) == arm]
         directory = experiment.directory / name
@@ -284,18 +280,22 @@ def _in_pool(
     waiting, killed = deque(todo), list[Cell]()
     pools = {place: _one_process() for place in range(jobs)}
     running: dict[Future[Outcome], tuple[Cell, int]] = {}
+
+    def submit(place: int, cell: Cell) -> Future[Outcome]:
+        with seeing_one_gpu(place):
+            try:
+                return pools[place].submit(_in_process, experiment, cell, threads)
+            except BrokenProcessPool:  # its process was killed, with a cell or after it
+                pools[place].shutdown()
+                pools[place] = _one_process()
+                return pools[place].submit(_in_process, experiment, cell, threads)
+
     try:
         while waiting or running:
             for place in sorted(set(pools) - {place for _, place in running.values()}):
                 if waiting:
                     cell = waiting.popleft()
-                    with seeing_one_gpu(place):
-                        try:
-                            future = pools[place].submit(_in_process, experiment, cell, threads)
-                        except BrokenProcessPool:  # killed since its last cell
-                            pools[place] = _one_process()
-                            future = pools[place].submit(_in_process, experiment, cell, threads)
-                    running[future] = cell, place
+                    running[submit(place, cell)] = cell, place
             done, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
             for future in done:
                 cell, place = running.pop(future)
@@ -303,8 +303,6 @@ def _in_pool(
                     outcome = future.result()
                 except BrokenProcessPool:
                     killed.append(cell)
-                    pools[place].shutdown()
-                    pools[place] = _one_process()
                     continue
                 reporter.say(f"{outcome.cell}: {outcome.status}")
                 yield outcome

@@ -34,7 +34,7 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
         raise PositionError(PAGED)
     keys = active_keys(list(vars(self)[ROOT].layers.values()))
     scale = _guidance(self, args, kwargs)
-    if scale not in (None, 1, 1.0) and keys:
+    if scale not in (None, 1) and keys:
         raise PositionError(GUIDED.format(scale=scale))
     given = [inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs")]
     prompt = next((t for t in given if isinstance(t, Tensor)), None)

@@ -54,6 +54,7 @@ from reftune.tokens import Collator, TokenDataset
 from reftune.train import LOG, Trained, fit
 
 RESULTS = "results.json"
+ERROR = "error.txt"  # of an experiment's cell that failed: the traceback
 # Sections that are the same when a run is resumed.
 WHAT_IS_TRAINED = (
     *("model", "task_type", "dtype", "quantization", "seed", "adapter", "data", "train"),
@@ -209,7 +210,7 @@ def _prepare(config: RunConfig, resume: bool, overwrite: bool) -> None:
 def _has_begun(directory: Path) -> bool:
     """Return whether there is more in a directory than a run that never began leaves there."""
     return directory.is_dir() and any(
-        path.name not in (CONFIG, "error.txt") and not path.name.endswith(".part")
+        path.name not in (CONFIG, ERROR) and not path.name.endswith(".part")
         for path in directory.iterdir()
     )
 

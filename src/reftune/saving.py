@@ -37,20 +37,23 @@ def save_adapter(model: Any, directory: Path, base: str, revision: str | None = 
 
 def replace_directory(new: Path, directory: Path) -> None:
     """Put a finished directory in the place of another."""
-    old = directory.with_name(f".{directory.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        os.replace(directory, old)
+    old = _aside(directory)
     os.replace(new, directory)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def discard_directory(directory: Path) -> None:
     """Remove a directory; one that is half removed does not bear its name."""
+    shutil.rmtree(_aside(directory))
+
+
+def _aside(directory: Path) -> Path:
+    """Give a directory that is to go another name, and return that."""
     old = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    os.replace(directory, old)
-    shutil.rmtree(old)
+    if directory.exists():
+        os.replace(directory, old)
+    return old
 
 
 def write_text(path: Path, text: str) -> None:
