@@ -141,6 +141,20 @@ def base_maker(
     return load
 
 
+def test_a_head_that_a_checkpoint_has_in_part_is_trained(tmp_path: Path) -> None:
+    made = ARCHITECTURES["bart"].make(model="BartForSequenceClassification", num_labels=3)
+    made.save_pretrained(tmp_path)
+    base = transformers.BartForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=2, ignore_mismatched_sizes=True
+    )
+    model = get_peft_model(base, ReftConfig(task_type="SEQ_CLS", r=2, positions="f2"))
+    head = [
+        n for n, p in model.named_parameters() if "classification_head" in n and p.requires_grad
+    ]
+    assert any("out_proj" in name for name in head)
+    assert any("dense" in name for name in head)
+
+
 def adapt(case: Case, base: Any, seed: int = 0, **settings: Any) -> PeftModel:
     torch.manual_seed(seed)
     if case.task is None:  # as PEFT's own examples of image classification do
