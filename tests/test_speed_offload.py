@@ -4,6 +4,7 @@ import json
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -93,13 +94,24 @@ def test_nothing_that_training_calls_moves_the_offloaded_weights(
 
     monkeypatch.setattr(torch.nn.Module, "to", spy)
     reunited: list[int] = []
-    monkeypatch.setattr(train, "reunite", lambda model, device: reunited.append(len(moved)))
+    monkeypatch.setattr(offload, "reunite", lambda model, device: reunited.append(len(moved)))
     wanted = {"gradient_checkpointing": True, "offload_base": True, "shortcuts": shortcuts}
     results = execute(tiny_run(tmp_path, train=wanted))
     assert "offload_base" in results["train"]["shortcuts"]
     whole = [names for names in moved[: reunited[0]] if any("embed_tokens" in n for n in names)]
     assert len(whole) >= 3, "before the trial, by the Trainer, and by accelerate"
     assert not any(".layers." in name for names in whole for name in names)
+
+
+def test_a_model_is_brought_together_after_an_error_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reunite = Mock()
+    monkeypatch.setattr(offload, "reunite", reunite)
+    monkeypatch.setattr(train, "_trainer", Mock(side_effect=RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        execute(tiny_run(tmp_path, train={"gradient_checkpointing": True, "offload_base": True}))
+    reunite.assert_called_once()
 
 
 def test_a_model_that_does_not_fit_is_evaluated_on_the_host(

@@ -187,14 +187,37 @@ class WithoutEnds(BaseStreamer):
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode and give each module its own mode back."""
+    """Put the model in evaluation mode and give each module its own mode back.
+
+    On a CPU its head is given dense states: oneDNN has no fast bfloat16 product for a slice of
+    them, which is what `logits_to_keep` makes (20 s for 64 x 576 by 49,152, instead of 0.03 s).
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
+    head = _head_on_cpu(model)
+    handle = None if head is None else head.register_forward_pre_hook(_dense)
     try:
         yield
     finally:
+        if handle is not None:
+            handle.remove()
         for module in training:
             module.training = True
+
+
+def _head_on_cpu(model: torch.nn.Module) -> torch.nn.Module | None:
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(whole, PreTrainedModel) or whole.device.type != "cpu":
+        return None
+    head: torch.nn.Module | None = whole.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
+
+
+def _dense(head: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not args:
+        return None
+    # Not `contiguous`, which leaves a slice of one row as it is.
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -42,7 +42,7 @@ from reftune.distributed import Processes, processes
 from reftune.errors import RunError
 from reftune.heldout import heldout_cross_entropy
 from reftune.methods import weights_of
-from reftune.speed.offload import place, reunite
+from reftune.speed.offload import placed, reunite
 from reftune.speed.plan import (
     Shortcuts,
     SpeedSettings,
@@ -334,29 +334,29 @@ def shortcuts(
     # What is spread over processes is there only within its own forward.
     seen = None if settings.is_sharded(world) else describe(model)
     chosen = Shortcuts()
-    if seen is not None and len(train):
-        lengths = torch.as_tensor(np.asarray(train.lengths))
-        prompts = torch.as_tensor(np.asarray(getattr(train, "prompt_lengths", train.lengths)))
-        chosen = choose(
-            seen,
-            model,
-            settings,
-            lengths=lengths,
-            prompt_lengths=prompts,
-            # of several processes, an epoch later another one has an example
-            epochs=settings.passes(len(train)) if world.count == 1 else 1,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            device=device,
-            folder=directory,
-            padding=padding_share(lengths, settings.batch_size, settings.group_by_length),
-        )
-        place(model, device, seen.layers if chosen.offload is not None else ())
-        rows = [train[i] for i in examples_to_try(seen, lengths, prompts)]
-        chosen = settle(seen, chosen, model, collator, rows)
-    with taking(seen, chosen, collator) as step:
-        yield step
-    if step.offloaded:
-        reunite(model, device)
+    with ExitStack() as whole_again:
+        if seen is not None and len(train):
+            lengths = torch.as_tensor(np.asarray(train.lengths))
+            prompts = torch.as_tensor(np.asarray(getattr(train, "prompt_lengths", train.lengths)))
+            chosen = choose(
+                seen,
+                model,
+                settings,
+                lengths=lengths,
+                prompt_lengths=prompts,
+                # of several processes, an epoch later another one has an example
+                epochs=settings.passes(len(train)) if world.count == 1 else 1,
+                gradient_checkpointing=settings.gradient_checkpointing,
+                device=device,
+                folder=directory,
+                padding=padding_share(lengths, settings.batch_size, settings.group_by_length),
+            )
+            on_host = seen.layers if chosen.offload is not None else ()
+            whole_again.enter_context(placed(model, device, on_host))
+            rows = [train[i] for i in examples_to_try(seen, lengths, prompts)]
+            chosen = settle(seen, chosen, model, collator, rows)
+        with taking(seen, chosen, collator) as step:
+            yield step
 
 
 def _checkpoint_of(directory: Path) -> Path:

@@ -67,6 +67,19 @@ def place(model: nn.Module, device: torch.device, host: Sequence[nn.Module] = ()
             model.to(device)
 
 
+@contextmanager
+def placed(
+    model: nn.Module, device: torch.device, host: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """Move a model as `place` does; bring it together again after the block, however it ends."""
+    try:
+        place(model, device, host)
+        yield
+    finally:
+        if host:
+            reunite(model, device)
+
+
 def reunite(model: nn.Module, device: torch.device) -> None:
     """Move a model whose layers were on the host to a device, or to the host if it is too large."""
     try:
