@@ -236,6 +236,19 @@ def test_other_settings_in_a_finished_cell_are_not_taken_for_its_results(tmp_pat
     run_cells(load_experiment(path, ["evaluate.show=3"]))  # changes no number
 
 
+def test_a_setting_that_an_earlier_version_lacked_was_its_default(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (cell,) = load_experiment(path).cells
+    run_cells(load_experiment(path))
+    config = cell.config.directory / "config.yaml"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if "max_grad_norm" not in line))
+    assert len(config.read_text()) < len("".join(lines))
+    run_cells(load_experiment(path))
+    with pytest.raises(RunError, match=r"other settings \(train\.max_grad_norm\)"):
+        run_cells(load_experiment(path, ["train.max_grad_norm=0.5"]))
+
+
 def test_the_base_model_is_evaluated_once_and_each_run_has_its_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from reftune.base_model import Scores, base_scores, share_base_samples
 from reftune.callbacks import CHECKPOINTS, Reporter, last_checkpoint
@@ -38,6 +37,7 @@ from reftune.run import (
     RESULTS,
     Silent,
     execute,
+    settings_of,
     write_text,
 )
 from reftune.settings import RunConfig
@@ -122,7 +122,7 @@ def changed_keys(config: RunConfig) -> list[str]:
     path = config.directory / CONFIG
     if not path.is_file():
         return []
-    before = dict(_flat(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    before = dict(_flat(settings_of(path)))
     now = dict(_flat(config.model_dump(mode="json")))
     ignored = _ANY | {f"{section}.{key}" for section, keys in MAY_DIFFER.items() for key in keys}
     return sorted(k for k in now if k not in ignored and before.get(k, now[k]) != now[k])

@@ -224,7 +224,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def _check_same(config: RunConfig, earlier: Path) -> None:
-    before, changed = _as_now(earlier), []
+    before, changed = settings_of(earlier), []
     for section, key, value in _decisive(config):
         there = (before.get(section) or {}) if section else before
         if there.get(key, value) != value:
@@ -236,8 +236,8 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
         )
 
 
-def _as_now(earlier: Path) -> dict[str, Any]:
-    """Return a run's settings; those that an earlier version did not have are the defaults."""
+def settings_of(earlier: Path) -> dict[str, Any]:
+    """Return what a run's config.yaml says; what an earlier version did not have is the default."""
     values: dict[str, Any]
     try:
         values = load_config(earlier).model_dump(mode="json")
