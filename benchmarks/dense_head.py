@@ -38,8 +38,8 @@ def seconds(
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, (rows, tokens), generator=generator).tolist()
     engine = HFEngine(model, tokenizer, batch_size=rows)
-    as_it_is = decoding._head_on_cpu
-    with mock.patch.object(decoding, "_head_on_cpu", as_it_is if arm == "dense" else _none):
+    as_it_is = decoding._half_head_on_cpu
+    with mock.patch.object(decoding, "_half_head_on_cpu", as_it_is if arm == "dense" else _none):
         start = time.perf_counter()
         engine.generate(prompts, Sampling(max_new_tokens=1))
         return time.perf_counter() - start
@@ -53,7 +53,7 @@ def main() -> None:
     """Measure what is missing, write it and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--rounds", type=int, default=3)

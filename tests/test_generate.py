@@ -177,7 +177,8 @@ def test_the_model_is_left_as_it_was(model):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_head_is_given_dense_states(model, count):
-    """Of a slice of bfloat16 states oneDNN's product on a CPU takes hundreds of times as long."""
+    """Of a slice of bfloat16 states the product on a CPU takes hundreds of times as long."""
+    model.to(torch.bfloat16)
     seen = []
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda m, args, out: seen.append(args[0]))
