@@ -192,6 +192,37 @@ def test_the_sign_test_is_scipys(wins: int, losses: int) -> None:
     assert sign_test(wins, losses) == sign_test(losses, wins)
 
 
+def test_commonsense_is_also_scored_by_the_first_option_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, "loreft", 1, {"piqa": [0, 1, 0, 0]}, {"piqa": [0, 0, 0, 0]})
+    replies = [
+        "the correct solution is solution2",  # right, but for the published code
+        "the correct answer is solution2",
+        "solution1, not solution2",
+        "the correct answer is answer2",
+    ]
+    for who, texts in (("adapter", replies), ("base", ["What?"] * 4)):
+        path = run / "samples" / who / "piqa.jsonl"
+        head, *rows = map(json.loads, path.read_text().splitlines())
+        rows = [
+            r | {"completion": t, "gold": "solution2"} for r, t in zip(rows, texts, strict=True)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)))
+    page = write_report(run)[0].read_text()
+    section = page.partition("## Commonsense by the first option named")[2].partition("\n## ")[0]
+    assert "| run | 50.0 | 50.0 |" in section
+    assert "| base | 0.0 | 0.0 |" in section
+    # Not where both readings say the same.
+    rows = [r | {"completion": "the correct answer is " + r["gold"]} for r in rows]
+    results = json.loads((run / "results.json").read_text())
+    for who in ("adapter", "base"):
+        path = run / "samples" / who / "piqa.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in (head, *rows)))
+        results["tasks"]["piqa"][who]["value"] = 1.0
+    (run / "results.json").write_text(json.dumps(results))
+    assert "first option named" not in write_report(run)[0].read_text()
+
+
 def test_samples_beyond_a_smaller_limit_are_left_out(tmp_path: Path) -> None:
     right = {"boolq": [1, 0, 1, 1]}
     make_run(tmp_path / "run", "loreft", 1, right, {"boolq": BASE["boolq"]})

@@ -9,7 +9,7 @@ import pytest
 from reftune.errors import DataError, ReftConfigError
 from reftune.prompts import encode_examples, render_prompt
 from reftune.tasks import TASKS, get_task, training_examples
-from reftune.tasks.commonsense import NAMES, TRIGGER
+from reftune.tasks.commonsense import NAMES, TRIGGER, first_named
 from tiny import tiny_tokenizer
 
 ANSWERS = {"boolq": ["true", "false"], "piqa": ["solution1", "solution2"]}
@@ -123,6 +123,23 @@ def test_extraction_and_scoring_as_published(completion, extracted, score, data_
     assert task.gold(example) == "true"
     assert task.extract(completion) == extracted
     assert task.score(example, completion) == score
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "option"),
+    [
+        ("boolq", "It is false, so the correct answer is true", "false"),
+        ("piqa", "the correct solution is solution2", "solution2"),
+        ("piqa", "the correct answer is answer1", ""),
+        ("social_i_qa", "answer3 or answer1", "answer3"),
+        ("hellaswag", "ending4.", "ending4"),
+        ("winogrande", "Option1 is option2", "option2"),
+        ("ARC-Challenge", "answer5", "answer5"),
+        ("openbookqa", "answer9", ""),
+    ],
+)
+def test_llm_adapters_takes_the_first_option_named(name, completion, option):
+    assert first_named(name, completion) == option
 
 
 def test_stopping_at_a_newline_would_change_scores_so_no_stop_string_is_used(data_dir):

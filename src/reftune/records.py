@@ -10,7 +10,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,20 @@ def score(runs: Sequence[Record], task: str, who: str = OURS) -> OverSeeds | Non
     """Return an arm's score on a task over its seeds, in per cent."""
     found = [run.tasks.get(task, {}).get(who) for run in runs]
     return mean_and_deviation([100 * result["value"] for result in found if result])
+
+
+def read_otherwise(
+    runs: Sequence[Record], task: str, read: Callable[[str], str], who: str = OURS
+) -> OverSeeds | None:
+    """Return an arm's score where the answer is what `read` finds in a completion, in per cent.
+
+    None where generations were not kept.
+    """
+    kept = [run.samples(who, task) for run in runs]
+    if not all(kept):
+        return None
+    right = [[read(s.completion) == s.gold for s in samples] for samples in kept]
+    return mean_and_deviation([100 * statistics.fmean(r) for r in right])
 
 
 def average(runs: Sequence[Record], tasks: Sequence[str], who: str = OURS) -> OverSeeds | None:

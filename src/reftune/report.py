@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from reftune import figures
@@ -22,12 +24,15 @@ from reftune.records import (
     compare,
     mean_and_deviation,
     read,
+    read_otherwise,
     score,
     standard_error,
     trained,
 )
 from reftune.run import write_text
 from reftune.samples import OverSeeds
+from reftune.tasks.commonsense import NAMES as COMMONSENSE
+from reftune.tasks.commonsense import first_named
 
 MARKDOWN, PAGE = "report.md", "report.html"
 SHOWN, REPLIES = 4, 20
@@ -59,6 +64,7 @@ def sections(records: Records) -> Iterator[Section]:
     """Yield the parts of a report for which there is something to show."""
     yield _scores(records)
     yield from _standard_errors(records)
+    yield from _first_named(records)
     yield from _heldout(records)
     if importlib.util.find_spec("matplotlib") is not None:
         yield from _pictures(records)
@@ -133,6 +139,28 @@ def _standard_errors(records: Records) -> Iterator[Section]:
         header = ("method", *columns, *(["average"] if len(tasks) > 1 else []))
         note = "Of one run's score, by the choice of examples, in per cent; examples in brackets."
         yield Section("Standard errors", (note,), (Table(header, rows),))
+
+
+def _first_named(records: Records) -> Iterator[Section]:
+    """Show commonsense as LLM-Adapters scores it, where that makes a difference."""
+    tasks = [task for task in records.task_names if task in COMMONSENSE]
+    whose = [(who, who, list(records.runs[:1])) for who in _others(records)]
+    whose += [(arm, OURS, runs) for arm, runs in records.arms.items()]
+    rows, differ = [], False
+    for name, who, runs in whose:
+        found = [read_otherwise(runs, t, partial(first_named, t), who) for t in tasks]
+        strict = [score(runs, task, who) for task in tasks]
+        differ |= None not in found and list(map(_number, found)) != list(map(_number, strict))
+        mean = _DASH if None in found else f"{fmean(v.mean for v in found if v):.1f}"
+        rows.append((name, *(_number(v, who == OURS) for v in found), mean))
+    if tasks and differ:
+        note = (
+            "The first option that a completion names, in any sentence: LLM-Adapters' reading, by "
+            "which the LoRA of the paper's Table 1 was scored. Elsewhere here, as the paper's "
+            'LoReFT was, all that follows "the correct answer is " has to be the answer.'
+        )
+        table = Table(("method", *tasks, "average of these"), rows)
+        yield Section("Commonsense by the first option named", (note,), (table,))
 
 
 def _heldout(records: Records) -> Iterator[Section]:

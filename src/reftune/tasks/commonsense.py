@@ -15,8 +15,12 @@ completion into a right one. Only the end of sequence ends generation early.
 The published code searches prompt and completion together. No instruction of the eight sets holds
 the trigger, and a prompt's newline cannot begin it, so searching the completion is the same; an
 instruction that does hold it is refused.
+
+LLM-Adapters, whose figures are the paper's for LoRA, reads answers otherwise: `first_named`.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Final, final
 
@@ -38,6 +42,23 @@ NAMES: Final = (
     "openbookqa",
 )
 TRIGGER: Final = "the correct answer is "
+# LLM-Adapters' commonsense_evaluate.py looks for five answers everywhere.
+_OPTIONS: Final[Mapping[str, str]] = {
+    "boolq": "true|false",
+    "piqa": "solution[12]",
+    "hellaswag": "ending[1-4]",
+    "winogrande": "option[12]",
+}
+
+
+def first_named(name: str, completion: str) -> str:
+    """Return the first option of the set `name` in a completion, in any sentence; '' without one.
+
+    LLM-Adapters' reading of an answer (`extract_answer` there). Where all that follows the trigger
+    is an option, this is the same one.
+    """
+    found = re.search(_OPTIONS.get(name, "answer[1-5]"), completion)
+    return found[0] if found else ""
 
 
 @final
