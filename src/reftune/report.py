@@ -144,6 +144,8 @@ def _standard_errors(records: Records) -> Iterator[Section]:
 def _first_named(records: Records) -> Iterator[Section]:
     """Show commonsense as LLM-Adapters scores it, where that makes a difference."""
     tasks = [task for task in records.task_names if task in COMMONSENSE]
+    if not tasks:
+        return
     whose = [(who, who, list(records.runs[:1])) for who in _others(records)]
     whose += [(arm, OURS, runs) for arm, runs in records.arms.items()]
     rows, differ = [], False
@@ -151,9 +153,9 @@ def _first_named(records: Records) -> Iterator[Section]:
         found = [read_otherwise(runs, t, partial(first_named, t), who) for t in tasks]
         strict = [score(runs, task, who) for task in tasks]
         differ |= None not in found and list(map(_number, found)) != list(map(_number, strict))
-        mean = _DASH if None in found else f"{fmean(v.mean for v in found if v):.1f}"
+        mean = _DASH if None in found else f"{fmean(map(_mean, found)):.1f}"
         rows.append((name, *(_number(v, who == OURS) for v in found), mean))
-    if tasks and differ:
+    if differ:
         note = (
             "The first option that a completion names, in any sentence: LLM-Adapters' reading, by "
             "which the LoRA of the paper's Table 1 was scored. Elsewhere here, as the paper's "
