@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     found: Shares = {kind: {} for kind in args.kinds}
     for kind, length in targets:
         cells = [record.cells[cell_name(kind, length, layer)] for layer in args.layers]
-        found[kind][str(length)] = [round(cell["recovered"], 3) for cell in cells]
+        found[kind][str(length)] = [cell["recovered"] for cell in cells]
     draw(record.picture, found, args)
     head = ["recovered at layer", *map(str, args.layers)]
     rows = [
@@ -236,7 +236,11 @@ def main(argv: Sequence[str] | None = None) -> Any:
         for kind, by_length in found.items()
         for length, shares in by_length.items()
     ]
-    return record.finish({"layers": args.layers, "recovered": found}, [head, *rows])
+    rounded = {
+        kind: {length: [round(share, 3) for share in shares] for length, shares in of.items()}
+        for kind, of in found.items()
+    }
+    return record.finish({"layers": args.layers, "recovered": rounded}, [head, *rows])
 
 
 def alice(text: str) -> str:

@@ -249,6 +249,17 @@ def test_a_setting_that_an_earlier_version_lacked_was_its_default(tmp_path: Path
         run_cells(load_experiment(path, ["train.max_grad_norm=0.5"]))
 
 
+@pytest.mark.parametrize("text", ["", "a: [", "- 1"])
+def test_a_finished_cell_whose_config_is_broken_is_told(tmp_path: Path, text: str) -> None:
+    experiment = load_experiment(write(tmp_path))
+    directory = experiment.cells[0].config.directory
+    directory.mkdir(parents=True)
+    (directory / "results.json").write_text("{}")
+    (directory / "config.yaml").write_text(text)
+    with pytest.raises(RunError, match=r"config\.yaml does not say what .* made with"):
+        run_cells(experiment)
+
+
 def test_the_base_model_is_evaluated_once_and_each_run_has_its_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

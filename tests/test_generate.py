@@ -191,6 +191,15 @@ def test_the_head_is_given_dense_states(model, count):
     assert not head._forward_pre_hooks
 
 
+def test_a_model_that_does_not_tell_its_head_generates(model, monkeypatch):
+    def untold():
+        raise NotImplementedError
+
+    expected = HFEngine(model, TOKENIZER).generate(PROMPTS[:1], GREEDY)
+    monkeypatch.setattr(model, "get_output_embeddings", untold)
+    assert HFEngine(model, TOKENIZER).generate(PROMPTS[:1], GREEDY) == expected
+
+
 def test_a_training_step_works_after_generating(model):
     HFEngine(model, TOKENIZER).generate(PROMPTS, GREEDY)
     ids = torch.tensor([PROMPTS[1]])

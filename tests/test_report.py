@@ -221,6 +221,10 @@ def test_commonsense_is_also_scored_by_the_first_option_named(tmp_path: Path) ->
         results["tasks"]["piqa"][who]["value"] = 1.0
     (run / "results.json").write_text(json.dumps(results))
     assert "first option named" not in write_report(run)[0].read_text()
+    # Each set for itself: what one run lacks hides nothing of another.
+    make_run(tmp_path / "two" / "a", "loreft", 1, {"boolq": [1, 1]}, {"boolq": [1, 1]})
+    make_run(tmp_path / "two" / "b", "loreft", 1, {"piqa": [1, 1]}, {"piqa": [1, 1]})
+    assert "first option named" in write_report(tmp_path / "two")[0].read_text()
     make_run(tmp_path / "other", "loreft", 1, {"demo": [0, 1]}, {"demo": [0, 0]})
     assert "first option named" not in write_report(tmp_path / "other")[0].read_text()
 

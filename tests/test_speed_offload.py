@@ -106,7 +106,7 @@ def test_nothing_that_training_calls_moves_the_offloaded_weights(
 def test_a_model_is_brought_together_after_an_error_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reunite = Mock()
+    reunite = Mock(side_effect=RuntimeError("CUDA error"))  # which is not why training ended
     monkeypatch.setattr(offload, "reunite", reunite)
     monkeypatch.setattr(train, "_trainer", Mock(side_effect=RuntimeError("stop")))
     with pytest.raises(RuntimeError, match="stop"):

@@ -152,7 +152,7 @@ def _first_named(records: Records) -> Iterator[Section]:
     for name, who, runs in whose:
         found = [read_otherwise(runs, t, partial(first_named, t), who) for t in tasks]
         strict = [score(runs, task, who) for task in tasks]
-        differ |= None not in found and list(map(_number, found)) != list(map(_number, strict))
+        differ |= any(f and _number(f) != _number(s) for f, s in zip(found, strict, strict=True))
         mean = _DASH if None in found else f"{fmean(map(_mean, found)):.1f}"
         rows.append((name, *(_number(v, who == OURS) for v in found), mean))
     if differ:

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +238,21 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
 
 
 def settings_of(earlier: Path) -> dict[str, Any]:
-    """Return what a run's config.yaml says; what an earlier version did not have is the default."""
-    values: dict[str, Any]
+    """Return what a run's config.yaml says; what an earlier version did not have is the default.
+
+    Of a file with settings that there are no more, what stands there. Raises RunError for others.
+    """
     try:
-        values = load_config(earlier).model_dump(mode="json")
-    except ReftConfigError:  # it had a setting that there is no more
-        values = yaml.safe_load(earlier.read_text(encoding="utf-8"))
-    return values
+        return load_config(earlier).model_dump(mode="json")
+    except ReftConfigError as error:
+        with suppress(yaml.YAMLError):
+            values = yaml.safe_load(earlier.read_text(encoding="utf-8"))
+            if isinstance(values, dict):
+                return values
+        raise RunError(
+            f"{earlier} does not say what the run there was made with: {error} Remove that "
+            "directory, or give this run another name (name=...)."
+        ) from None
 
 
 def _decisive(config: RunConfig) -> Iterator[tuple[str, str, Any]]:

@@ -9,7 +9,7 @@ them themselves: the recomputation calls those and not the layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -75,9 +75,13 @@ def placed(
     try:
         place(model, device, host)
         yield
-    finally:
-        if host:
-            reunite(model, device)
+    except BaseException:
+        with suppress(RuntimeError):  # what ended training is what is to be told
+            if host:
+                reunite(model, device)
+        raise
+    if host:
+        reunite(model, device)
 
 
 def reunite(model: nn.Module, device: torch.device) -> None:

@@ -54,8 +54,8 @@ _OPTIONS: Final[Mapping[str, str]] = {
 def first_named(name: str, completion: str) -> str:
     """Return the first option of the set `name` in a completion, in any sentence; '' without one.
 
-    LLM-Adapters' reading of an answer (`extract_answer` there). Where all that follows the trigger
-    is an option, this is the same one.
+    LLM-Adapters' reading of an answer (`extract_answer` there). It is the published one's where
+    that finds an option, and none is named before the trigger.
     """
     found = re.search(_OPTIONS.get(name, "answer[1-5]"), completion)
     return found[0] if found else ""
