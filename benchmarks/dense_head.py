@@ -11,10 +11,9 @@ is, and without that copy; the model is frozen, as an adapter's base is.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +25,7 @@ from measure import Record, measure_in_turns, median_of, median_ratio, table, ve
 from reftune import decoding
 from reftune.generate import HFEngine, Sampling
 from reftune.models import load_model
+from training_peers.report import machine
 
 OUT = Path(__file__).parent / "results" / "dense-head-cpu.json"
 ARMS = ("dense", "slice")
@@ -38,15 +38,11 @@ def seconds(
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(model.config.vocab_size, (rows, tokens), generator=generator).tolist()
     engine = HFEngine(model, tokenizer, batch_size=rows)
-    as_it_is = decoding._half_head_on_cpu
-    with mock.patch.object(decoding, "_half_head_on_cpu", as_it_is if arm == "dense" else _none):
+    without = mock.patch.object(decoding, "_half_head_on_cpu", return_value=None)
+    with without if arm == "slice" else nullcontext():
         start = time.perf_counter()
         engine.generate(prompts, Sampling(max_new_tokens=1))
         return time.perf_counter() - start
-
-
-def _none(model: Any) -> None:
-    return None
 
 
 def main() -> None:
@@ -68,12 +64,7 @@ def main() -> None:
         "prompt": args.prompt,
         "threads": args.threads,
         "versions": versions("torch", "transformers", "reftune"),
-        "machine": {
-            "cpus": os.cpu_count(),
-            "system": platform.platform(terse=True),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        },
+        "machine": machine() | {"instructions": torch.backends.cpu.get_cpu_capability()},
     }
     record = Record(args.out, head, fresh=args.fresh)
     cells = {f"{dtype}, {rows} rows": ARMS for dtype in args.dtypes for rows in args.rows}
@@ -91,8 +82,9 @@ def main() -> None:
         return {cell: round(ratio, 2) for cell, ratio in ratios.items()}
 
     measure_in_turns(record, cells, args.rounds, measure, summary)
+    ratios = summary()
     rows = [
-        [cell, *(f"{median_of(record.cells[cell], arm):.3f}" for arm in ARMS), f"{summary()[cell]}"]
+        [cell, *(f"{median_of(record.cells[cell], arm):.3f}" for arm in ARMS), f"{ratios[cell]}"]
         for cell in cells
     ]
     print(table(["first token, s", *ARMS, "slice / dense"], rows))

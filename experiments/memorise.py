@@ -226,21 +226,14 @@ def main(argv: Sequence[str] | None = None) -> Any:
         }
     )
     found: Shares = {kind: {} for kind in args.kinds}
+    rows = [["recovered at layer", *map(str, args.layers)]]
     for kind, length in targets:
         cells = [record.cells[cell_name(kind, length, layer)] for layer in args.layers]
-        found[kind][str(length)] = [cell["recovered"] for cell in cells]
+        shares = [cell["recovered"] for cell in cells]
+        found[kind][str(length)] = [round(share, 3) for share in shares]
+        rows.append([f"{kind}, {length} tokens", *(f"{share:.2f}" for share in shares)])
     draw(record.picture, found, args)
-    head = ["recovered at layer", *map(str, args.layers)]
-    rows = [
-        [f"{kind}, {length} tokens", *(f"{share:.2f}" for share in shares)]
-        for kind, by_length in found.items()
-        for length, shares in by_length.items()
-    ]
-    rounded = {
-        kind: {length: [round(share, 3) for share in shares] for length, shares in of.items()}
-        for kind, of in found.items()
-    }
-    return record.finish({"layers": args.layers, "recovered": rounded}, [head, *rows])
+    return record.finish({"layers": args.layers, "recovered": found}, rows)
 
 
 def alice(text: str) -> str:
