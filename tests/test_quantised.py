@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from adapted_tiny import EOS, batch, config, logits, optimise, phis, prompts, strong, trainable
 from reftune import add_reft, options
@@ -140,6 +141,43 @@ def test_gradient_checkpointing_and_two_adapters_in_a_batch(name: str, tmp_path:
     torch.testing.assert_close(mixed[1], plain[1], rtol=0.0, atol=atol)
     torch.testing.assert_close(mixed[0], logits(model)[0], rtol=0.0, atol=atol)
     assert (plain - logits(model)).abs().amax((1, 2)).min() > 1.0
+
+
+@pytest.mark.parametrize("name", ["bnb-4bit", "bnb-8bit"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_evaluation_changes_neither_the_base_nor_gradients(
+    name: str, ours: bool, tmp_path: Path
+) -> None:
+    """bitsandbytes packs 4-bit weights at an evaluation on some CPUs: no gradient passes them."""
+    if ours:
+        quantised = base(tmp_path, name)
+    else:  # as `docs/quantised.md` has it for Python
+        quantised = AutoModelForCausalLM.from_pretrained(
+            tiny_model_directory(tmp_path),
+            quantization_config=quantization_config(name, torch.float32),
+        )
+    model = strong(get_peft_model(quantised, config())).train()
+    before = stored(quantised)
+    model(**batch()).loss.backward()
+    expected = {n: p.grad.clone() for n, p in trainable(model).items()}
+    model.zero_grad()
+    model.eval()
+    logits(model)
+    model.train()
+    after = stored(quantised)
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+    model(**batch()).loss.backward()
+    for n, p in trainable(model).items():
+        assert torch.equal(p.grad, expected[n]), n
+
+
+def test_weights_packed_for_inference_are_not_trained_on(tmp_path: Path) -> None:
+    quantised = base(tmp_path, "bnb-4bit")
+    layer = quantised.model.layers[1].mlp.down_proj
+    layer.weight.quant_state.packing_format_for_cpu = True  # what bitsandbytes notes there
+    with pytest.raises(ReftConfigError, match=r"layers.1.mlp.down_proj.*Load the model anew"):
+        get_peft_model(quantised, config())
+    get_peft_model(quantised, config(inference_mode=True))
 
 
 @pytest.mark.parametrize("name", ["bnb-4bit", "bnb-8bit"])

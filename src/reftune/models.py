@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from reftune.errors import ReftConfigError, RunError, did_you_mean
 from reftune.hub import in_words, split_revision
-from reftune.quantised import quantization_config
+from reftune.quantised import keep_unpacked, quantization_config
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,7 @@ def load_model(
     ensure_pad_token(tokenizer, name)
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+    keep_unpacked(model)
     if device is not None and quantization is None:
         model.to(device)  # type: ignore[arg-type] # transformers' decorator loses `self`
     return model, tokenizer

@@ -16,6 +16,7 @@ from reftune.errors import ReftConfigError, RunError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     AnyConfig = BitsAndBytesConfig | TorchAoConfig
@@ -25,6 +26,7 @@ Trainable = Literal["bnb-4bit", "bnb-8bit", "torchao-int8"]
 Quantization = Literal["bnb-4bit", "bnb-8bit", "torchao-int8", "torchao-int4"]
 
 _PACKAGES: Final[Mapping[str, str]] = {"bnb": "bitsandbytes", "torchao": "torchao"}
+_PACKS: Final = "support_avx512bf16_for_cpu"  # bitsandbytes' Linear4bit; read at each pass
 _GROUP = 32  # weights that share a scale, of torchao's int4: divides the width of any model
 
 
@@ -53,6 +55,27 @@ def quantization_config(name: str, dtype: torch.dtype) -> AnyConfig:
 
         return TorchAoConfig(Int8WeightOnlyConfig())
     return TorchAoConfig(_torchao_int4())
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Have bitsandbytes leave a model's 4-bit weights as they are when it is evaluated on a CPU.
+
+    On CPUs with AVX512-BF16 it packs them otherwise at the first pass without gradients: scales are
+    rounded to bfloat16, and no gradient passes its kernel from then on, which torch tells by a
+    warning alone (bitsandbytes 0.50; its issue 2078 tells of more).
+
+    Raises ReftConfigError where that has happened already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, _PACKS):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ReftConfigError(
+                f"bitsandbytes packed the 4-bit weights of {name!r} for inference on this CPU when "
+                "the model was evaluated, and gradients do not pass them any more. Load the model "
+                "anew, and put the adapter to be trained on it before it is evaluated."
+            )
+        setattr(module, _PACKS, False)
 
 
 def _torchao_int4() -> object:
