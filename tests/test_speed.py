@@ -18,7 +18,7 @@ from architectures import ARCHITECTURES, COMMON, EXPERTS, GROUPED, Architecture
 from reftune import METHODS
 from reftune.data import Collator
 from reftune.errors import PositionError
-from reftune.speed import attention, loss, products
+from reftune.speed import attention, loss, products, training
 from reftune.speed.batches import CausalBatches
 from reftune.speed.patch import forward_replaced
 from reftune.speed.plan import Shortcuts, can_reuse, describe, examples_to_try
@@ -184,6 +184,63 @@ def test_in_bfloat16_shortcuts_are_as_near_the_truth_as_the_model(name, way, tmp
         assert result[0].dtype is torch.float32
         torch.testing.assert_close(result[0], exact[0], rtol=0.005, atol=0.0)
         assert error(result) <= 1.5 * error(own)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon-h1", "jamba", "gpt-oss", "mixtral"])
+def test_in_bfloat16_the_same_shortcuts_are_taken(name, tmp_path, monkeypatch) -> None:
+    """Rounding neither hides a difference (packed falcon-h1's is 0.08) nor looks like one."""
+    monkeypatch.setitem(training._TOLERANCE, torch.bfloat16, 0.0)
+    half = adapted(CAUSAL[name].make().bfloat16())
+    before = {n: t.clone() for n, t in half.state_dict().items()}
+    for way in ("everything", "packed"):
+        with nothing_left(half):
+            kept = settle(described(half), ways(half, tmp_path)[way], half, COLLATOR, ROWS)
+        assert kept.on
+        wanted = [n for n in CANNOT if getattr(ways(half, tmp_path)[way], n)]
+        assert [n for n in wanted if getattr(kept, n)] == [
+            n for n in wanted if name not in CANNOT[n]
+        ]
+    for n, t in half.state_dict().items():
+        assert t.dtype == before[n].dtype, n
+        assert torch.equal(t, before[n]), n
+
+
+def test_a_difference_of_packing_does_not_hide_in_rounding(tmp_path) -> None:
+    half = adapted(CAUSAL["falcon-h1"].make().bfloat16())
+    packed = ways(half, tmp_path)["packed"]
+    assert difference(described(half), packed, half, COLLATOR, ROWS) is None  # the tolerance is 0.1
+    assert not settle(described(half), packed, half, COLLATOR, ROWS).packed
+
+
+def test_what_fails_in_bfloat16_alone_is_not_taken(tmp_path) -> None:
+    """transformers' Mamba without its kernels: "expected m1 and m2 to have the same dtype"."""
+    half = adapted(CAUSAL["mamba"].make().bfloat16())
+    everything = ways(half, tmp_path)["everything"]
+    assert not settle(described(half), everything, half, COLLATOR, ROWS).on
+
+
+def test_without_room_bfloat16_is_compared_in_bfloat16(tmp_path, monkeypatch, caplog) -> None:
+    half = adapted(CAUSAL["llama"].make().bfloat16())
+    everything = ways(half, tmp_path)["everything"]
+    monkeypatch.setattr(training, "free_memory", lambda share: 0)
+    assert settle(described(half), everything, half, COLLATOR, ROWS) == everything
+    monkeypatch.setitem(training._TOLERANCE, torch.bfloat16, 0.0)
+    assert not settle(described(half), everything, half, COLLATOR, ROWS).on
+    assert "takes no shortcuts" in caplog.text
+
+
+def test_what_cannot_run_in_float32_is_compared_in_bfloat16(tmp_path, monkeypatch) -> None:
+    half = adapted(CAUSAL["llama"].make().bfloat16())
+
+    def flash(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module.weight.dtype == torch.float32:
+            raise RuntimeError("only fp16 and bf16 data type")
+
+    projection = described(half).layers[0].self_attn.q_proj
+    handle = projection.register_forward_pre_hook(flash)
+    everything = ways(half, tmp_path)["everything"]
+    assert settle(described(half), everything, half, COLLATOR, ROWS) == everything
+    handle.remove()
 
 
 # --- every method and position, every kind of example -------------------------------------------

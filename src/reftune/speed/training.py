@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from reftune.data import Collator
 from reftune.speed import attention, compiled, dropout, norms
 from reftune.speed.batches import CausalBatches, SequenceBatches
-from reftune.speed.frozen import Frozen, edited_alike, first_edited
+from reftune.speed.frozen import Frozen, edited_alike, first_edited, free_memory
 from reftune.speed.loss import cross_entropy, linear_cross_entropy
 from reftune.speed.offload import offloading
 from reftune.speed.patch import forward_replaced
@@ -29,6 +29,7 @@ log = logging.getLogger("reftune")
 # Rounding is a hundredth of it in float32, a quarter in bfloat16 (SmolLM2); attention across packed
 # examples changes the gradient by 0.2 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.1}
+_COARSE = 0.5  # in 16 bits, of what is compared in float32
 _TF32 = 0.02  # on GPUs that round the factors of float32 products
 
 
@@ -194,13 +195,33 @@ def _batches(
 def settle(
     model: Model, chosen: Shortcuts, adapted: nn.Module, collator: Any, rows: list[Any]
 ) -> Shortcuts:
-    """Return the shortcuts, of those chosen, that change nothing on some rows; see `difference`."""
+    """Return the shortcuts, of those chosen, that change nothing on some rows; see `difference`.
+
+    In 16 bits rounding can look like a difference after a large random start, and hide one of
+    packing: where there is room for the weights in float32, such are compared there, and in 16 bits
+    coarsely.
+    """
+
+    def tried(shortcuts: Shortcuts, tolerance: float | None = None) -> str | None:
+        several = [rows]
+        if shortcuts.heads:
+            several.append([rows[-1], _shorter(rows[-1])])
+        whys = (difference(model, shortcuts, adapted, collator, r, tolerance) for r in several)
+        return next(filter(None, whys), None)
+
+    @functools.cache
+    def in_float32() -> bool:
+        return chosen.offload is None and _runs_in_float32(adapted, collator, rows)
 
     def reason(shortcuts: Shortcuts) -> str | None:
-        why = difference(model, shortcuts, adapted, collator, rows)
-        if why is None and shortcuts.heads:
-            why = difference(model, shortcuts, adapted, collator, [rows[-1], _shorter(rows[-1])])
-        return why
+        why = tried(shortcuts)
+        if (why is None and not shortcuts.packed) or not in_float32():
+            return why
+        coarse = None if shortcuts.compile else _COARSE  # what is compiled is in 16 bits alone
+        if why is not None and (why := tried(shortcuts, coarse)) is not None:
+            return why
+        with _weights_in_float32(adapted):
+            return tried(replace(shortcuts, compile=False))
 
     if not chosen.on or (why := reason(chosen)) is None:
         return chosen
@@ -219,6 +240,53 @@ def settle(
     return kept
 
 
+def _halves(module: nn.Module) -> list[Tensor]:
+    found = [*module.parameters(), *module.buffers()]
+    return [t for t in found if t.dtype in (torch.float16, torch.bfloat16)]
+
+
+def _has_room(module: nn.Module) -> bool:
+    """Return whether a model is in 16 bits, not quantised, and fits beside itself in float32."""
+    halves = _halves(module)
+    if not halves or not all(_is_plain(p) for p in module.parameters()):
+        return False
+    device = halves[0].device
+    free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else free_memory(0.5)
+    return 4 * sum(t.numel() for t in halves) < free
+
+
+def _runs_in_float32(adapted: nn.Module, collator: Any, rows: list[Any]) -> bool:
+    """Return whether a model in 16 bits can be tried in float32; flash attention, e.g., cannot."""
+    if not _has_room(adapted):
+        return False
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    try:
+        with _weights_in_float32(adapted):
+            _gradients(adapted, _to(collator(rows), parameters[0].device), parameters)
+    except Exception as error:  # whatever it is that a model cannot
+        log.debug("Shortcuts are compared in 16 bits: %s: %s", type(error).__name__, error)
+        return False
+    return True
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is numbers, and not how others make a quantised one of them."""
+    return parameter.is_floating_point() and type(parameter.data) is Tensor
+
+
+@contextmanager
+def _weights_in_float32(module: nn.Module) -> Iterator[None]:
+    """Have a model's 16-bit weights in float32 in a block; afterwards they are what they were."""
+    before = [(tensor, tensor.data) for tensor in _halves(module)]
+    try:
+        for tensor, data in before:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
 def _shorter(row: Any) -> Any:
     """Return a row without its second token: its head begins alike, and has another length."""
     index = torch.tensor([i for i in range(len(row["labels"])) if i != 1])
@@ -232,15 +300,18 @@ def difference(
     adapted: nn.Module,
     collator: Any,
     rows: list[Any],
+    tolerance: float | None = None,
 ) -> str | None:
     """Return how shortcuts change a model's loss and gradients on rows beyond rounding, or None.
+
+    `tolerance` is relative; None takes what is rounding in the model's dtype.
 
     Where states are kept, a step is taken twice: with states computed, and taken from the store.
     """
     was_training = [module for module in adapted.modules() if module.training]
     adapted.eval()  # dropout would differ
     try:
-        return _difference(model, shortcuts, adapted, collator, rows)
+        return _difference(model, shortcuts, adapted, collator, rows, tolerance)
     except Exception as error:  # whatever it is that a model cannot
         return f"{type(error).__name__}: {error}"
     finally:
@@ -254,10 +325,12 @@ def _difference(
     adapted: nn.Module,
     collator: Any,
     rows: list[Any],
+    tolerance: float | None,
 ) -> str | None:
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     device = parameters[0].device
-    tolerance = _TOLERANCE[model.whole.dtype]
+    if tolerance is None:
+        tolerance = _TOLERANCE[model.whole.dtype]
     if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         tolerance = max(tolerance, _TF32)
     with _offloading(model, shortcuts):
