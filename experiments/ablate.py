@@ -14,7 +14,7 @@ as a word. DATA holds classification/TREC.{train,test}.all.jsonl.
 The cells are an experiment of reftune's (`reftune experiment`), which this file writes, runs and
 draws; a finished cell is not run again (--fresh forgets them all). --learning-rate is that of all
 cells with as many parameters as --rank on all layers, --few-learning-rate that of those with fewer:
-on TREC's held-out rows the former learn best at 1e-3 whichever layers have them, the latter at 1e-2
+on TREC's held-out rows the former learn well at 1e-3 whichever layers have them, the latter at 1e-2
 (benchmarks/results). Tune learning rates with --split validation, never on the test set. Results
 are means over --seeds: give all of them at once, or more of them later.
 """
@@ -62,7 +62,7 @@ def variants(
     """Return the experiment's variants: LoReFT's at both kinds of rank, and LoRA.
 
     `rank` is that of all layers; the parameters are then `num_layers * rank` times those of one.
-    `rate` is that of those with as many parameters, `few_rate` that of those with fewer.
+    `few_rate` is that of `rank` on some of the layers, `rate` that of all other LoReFTs.
     """
     config = AutoConfig.from_pretrained(resolve(model)).get_text_config()
     num_layers = config.num_hidden_layers

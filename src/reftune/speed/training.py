@@ -26,10 +26,10 @@ from reftune.speed.unread import Computed, restricting
 
 log = logging.getLogger("reftune")
 
-# Rounding is a hundredth of it in float32, a quarter in bfloat16 (SmolLM2); attention across packed
-# examples changes the gradient by 0.2 and more.
+# Rounding is a hundredth of it in float32, half of it and more in bfloat16 (SmolLM2); attention
+# across packed examples changes the gradient by 0.08 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 0.05, torch.bfloat16: 0.1}
-_COARSE = 0.5  # in 16 bits, of what is compared in float32
+_COARSE = 0.25  # in 16 bits, of what is compared in float32
 _TF32 = 0.02  # on GPUs that round the factors of float32 products
 
 
@@ -198,8 +198,8 @@ def settle(
     """Return the shortcuts, of those chosen, that change nothing on some rows; see `difference`.
 
     In 16 bits rounding can look like a difference after a large random start, and hide one of
-    packing: where there is room for the weights in float32, such are compared there, and in 16 bits
-    coarsely.
+    packing: where the model runs in float32 and there is room for it, such are compared there, and
+    in 16 bits coarsely. With flash attention it does not run, and 16 bits decide.
     """
 
     def tried(shortcuts: Shortcuts, tolerance: float | None = None) -> str | None:
@@ -217,8 +217,9 @@ def settle(
         why = tried(shortcuts)
         if (why is None and not shortcuts.packed) or not in_float32():
             return why
-        coarse = None if shortcuts.compile else _COARSE  # what is compiled is in 16 bits alone
-        if why is not None and (why := tried(shortcuts, coarse)) is not None:
+        if why is not None and shortcuts.compile:
+            return why  # what is compiled is not compiled anew for another dtype
+        if why is not None and (why := tried(shortcuts, _COARSE)) is not None:
             return why
         with _weights_in_float32(adapted):
             return tried(replace(shortcuts, compile=False))
@@ -261,7 +262,7 @@ def _runs_in_float32(adapted: nn.Module, collator: Any, rows: list[Any]) -> bool
         return False
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     try:
-        with _weights_in_float32(adapted):
+        with _weights_in_float32(adapted), _without_dropout(adapted):
             _gradients(adapted, _to(collator(rows), parameters[0].device), parameters)
     except Exception as error:  # whatever it is that a model cannot
         log.debug("Shortcuts are compared in 16 bits: %s: %s", type(error).__name__, error)
@@ -285,6 +286,8 @@ def _weights_in_float32(module: nn.Module) -> Iterator[None]:
     finally:
         for tensor, data in before:
             tensor.data = data
+        if any(data.is_cuda for _, data in before):
+            torch.cuda.empty_cache()  # others' memory again, and not in the run's figures
 
 
 def _shorter(row: Any) -> Any:
@@ -308,15 +311,22 @@ def difference(
 
     Where states are kept, a step is taken twice: with states computed, and taken from the store.
     """
-    was_training = [module for module in adapted.modules() if module.training]
-    adapted.eval()  # dropout would differ
     try:
-        return _difference(model, shortcuts, adapted, collator, rows, tolerance)
+        with _without_dropout(adapted):
+            return _difference(model, shortcuts, adapted, collator, rows, tolerance)
     except Exception as error:  # whatever it is that a model cannot
         return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    was_training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
     finally:
-        for module in was_training:
-            module.training = True
+        for part in was_training:
+            part.training = True
 
 
 def _difference(
