@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from reftune.controls import otherwise_than_saved
 from reftune.errors import DataError, ReftConfigError
+from reftune.speed.patch import evaluation_mode
 
 
 def until_stop(
@@ -193,16 +194,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     is multiplied by a frozen weight row by row: 20 s for 64 x 576 by 49,152, instead of 0.03 s.
     """
     head = _half_head_on_cpu(model)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     handle = None if head is None else head.register_forward_pre_hook(_dense)
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         if handle is not None:
             handle.remove()
-        for module in training:
-            module.training = True
 
 
 def _half_head_on_cpu(model: torch.nn.Module) -> torch.nn.Module | None:

@@ -1,4 +1,4 @@
-"""A module's forward replaced for a block, on the instance: its hooks and class stay."""
+"""What of a module is another for a block, on the instance: its forward, or its mode."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ def forward_replaced(
                 object.__delattr__(module, "forward")
             else:
                 object.__setattr__(module, "forward", forward)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Have a module in evaluation mode in a block; then each part has its own mode back."""
+    was_training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in was_training:
+            part.training = True

@@ -20,7 +20,7 @@ from reftune.speed.batches import CausalBatches, SequenceBatches
 from reftune.speed.frozen import Frozen, edited_alike, first_edited, free_memory
 from reftune.speed.loss import cross_entropy, linear_cross_entropy
 from reftune.speed.offload import offloading
-from reftune.speed.patch import forward_replaced
+from reftune.speed.patch import evaluation_mode, forward_replaced
 from reftune.speed.plan import Model, Shortcuts
 from reftune.speed.unread import Computed, restricting
 
@@ -262,7 +262,7 @@ def _runs_in_float32(adapted: nn.Module, collator: Any, rows: list[Any]) -> bool
         return False
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     try:
-        with _weights_in_float32(adapted), _without_dropout(adapted):
+        with _weights_in_float32(adapted), evaluation_mode(adapted):
             _gradients(adapted, _to(collator(rows), parameters[0].device), parameters)
     except Exception as error:  # whatever it is that a model cannot
         log.debug("Shortcuts are compared in 16 bits: %s: %s", type(error).__name__, error)
@@ -308,25 +308,13 @@ def difference(
     """Return how shortcuts change a model's loss and gradients on rows beyond rounding, or None.
 
     `tolerance` is relative; None takes what is rounding in the model's dtype.
-
     Where states are kept, a step is taken twice: with states computed, and taken from the store.
     """
     try:
-        with _without_dropout(adapted):
+        with evaluation_mode(adapted):
             return _difference(model, shortcuts, adapted, collator, rows, tolerance)
     except Exception as error:  # whatever it is that a model cannot
         return f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    was_training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in was_training:
-            part.training = True
 
 
 def _difference(
