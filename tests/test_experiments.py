@@ -366,16 +366,16 @@ def test_overhead_is_a_ratio_within_a_round(place: Path, monkeypatch: pytest.Mon
     calls: list[bool] = []
 
     def generate(model: Any, ids: torch.Tensor, new: int) -> float:
-        slower = (1, 10, 1)[len(calls) // 10 % 3]  # there are ten calls in a round
+        slower = (1, 10, 1)[len(calls) // 11 % 3]  # there are eleven calls in a round
         calls.append(bool(reft_layers(model)))
-        disturbed = 50 if calls[-1] and (len(calls) - 1) % 30 >= 20 else 1
+        disturbed = 50 if calls[-1] and (len(calls) - 1) % 33 >= 22 else 1
         return slower * disturbed * (3.0 if calls[-1] else 2.0) * (1 if new > 1 else 0.5)
 
     monkeypatch.setattr(overhead, "generate", generate)
     summary = run(overhead, place, "--sweeps", "rank", "--rounds", "3")
     assert summary == {"rank": dict.fromkeys(("1", "4", "8", "16", "32"), 1.5)}
-    assert calls[:10] == [False] * 5 + [True] * 5
-    assert calls[10:20] == [True] * 5 + [False] * 5
+    assert calls[:11] == [False] * 5 + [True] * 6
+    assert calls[11:22] == [True] * 6 + [False] * 5
     cell = kept(place, "overhead")["cells"]["rank 8"]
     assert cell["first"] == 1.5
     assert len(cell["rounds"]) == 3
@@ -388,6 +388,25 @@ def test_overhead_of_real_generation(place: Path) -> None:
     summary = run(overhead, place, "--quick")
     assert all(ratio > 0 for sweep in summary.values() for ratio in sweep.values())
     assert list(summary) == ["layers", "rank", "positions", "prompt"]
+    for cell in kept(place, "overhead-quick")["cells"].values():
+        assert all(0 < r["hooks"] < r["adapted whole"] for r in cell["rounds"])
+
+
+def test_hooks_are_timed_in_a_block_alone() -> None:
+    """One for each edited layer and two for each module on the way to it, every forward."""
+    model = tiny_llama()
+    ids = torch.arange(8)[None]
+    with common.attached(model, ReftConfig(task_type="CAUSAL_LM", layers=[0, 1], r=2), 0) as tuned:
+        expected = tuned.eval()(ids).logits
+        with overhead.clocked(tuned, ids) as taken:
+            assert torch.equal(tuned(ids).logits, expected)
+            calls = len(taken)
+            overhead.generate(tuned, ids, 3)
+            assert len(taken) == calls * 4
+        tuned(ids)
+    assert len(taken) == calls * 4
+    assert calls >= 2 + 2
+    assert all(seconds >= 0 for seconds in taken)
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(2, [7, 22]), (4, [3, 11, 18, 26])])
