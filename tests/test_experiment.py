@@ -94,10 +94,13 @@ def test_a_grid_may_list_its_points(tmp_path: Path) -> None:
     found = load_experiment(write(tmp_path, methods={"lora": METHODS["lora"]}, grid=grid)).cells
     assert [(c.config.adapter.r, c.config.adapter.lora_alpha) for c in found] == [(4, 8), (8, 16)]
     product = {"adapter.r": [1, 2], "train.learning_rate": [1e-3, 2e-3]}
-    assert names(load_experiment(write(tmp_path, grid=product))) == [
+    cells = load_experiment(write(tmp_path, grid=product)).cells
+    assert [cell.name for cell in cells] == [
         *("loreft-r1-lr0.001-s42", "loreft-r1-lr0.002-s42"),
         *("loreft-r2-lr0.001-s42", "loreft-r2-lr0.002-s42"),
     ]
+    short = load_experiment(write(tmp_path, grid={"r": [1, 2], "learning_rate": [1e-3, 2e-3]}))
+    assert short.cells == cells
 
 
 def test_overrides_win_over_variants_but_not_silently_over_the_grid(tmp_path: Path) -> None:
@@ -120,6 +123,9 @@ def test_overrides_win_over_variants_but_not_silently_over_the_grid(tmp_path: Pa
         ({"methods": {"a/b": {}}}, "a variant is named 'a/b'"),
         ({"grid": {"adapter.r": 4}}, "grid"),
         ({"grid": {"adapter.rr": [4]}}, "no key 'adapter.rr'"),
+        ({"grid": {"rr": [4]}}, "no key 'rr'"),
+        ({"grid": {"batch_size": [4]}}, "may be train.batch_size or evaluate.batch_size"),
+        ({"grid": {"train.r": [4]}}, "no key 'train.r'. Did you mean 'adapter.r'?"),
         ({"grid": [{"adapter.r": 4}, {"adapter.r": 4}]}, "two cells"),
         ({"seeds": []}, "seeds is"),
         ({"name": "a b"}, "name is 'a b'"),

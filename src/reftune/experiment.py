@@ -2,7 +2,8 @@
 
     name, model, data, ...   as of a run; what all cells share
     methods:                 named variants, each with the keys that it changes
-    grid:                    keys and their values: every combination; or a list of combinations
+    grid:                    keys and their values: every combination; or a list of combinations;
+                             "r" is "adapter.r", where only one key ends so
     seeds: [42, 43, 44]
     keep_checkpoints: false  of finished cells
 
@@ -25,7 +26,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reftune.errors import ReftConfigError, did_you_mean
 from reftune.methods import BASELINES
-from reftune.settings import RunConfig, apply_override, parse_config, read_yaml, set_key
+from reftune.settings import (
+    RunConfig,
+    apply_override,
+    keys_ending,
+    parse_config,
+    read_yaml,
+    set_key,
+)
 
 Point = Mapping[str, Any]
 """Keys of a grid with one value each."""
@@ -157,6 +165,7 @@ def _points(grid: Any, overridden: set[str], where: str) -> Iterator[Point]:
         points = grid or [{}]
     else:
         raise ReftConfigError(f"{where}: grid is {grid!r}; accepted are keys with lists of values.")
+    points = [{_whole(key, where): value for key, value in point.items()} for point in points]
     for point in points:
         # "adapter={...}" would undo "adapter.r" without a word
         both = {o for o in overridden for key in point if f"{key}.".startswith(f"{o}.")}
@@ -166,6 +175,16 @@ def _points(grid: Any, overridden: set[str], where: str) -> Iterator[Point]:
                 "override the grid: 'grid={...}'."
             )
     yield from points
+
+
+def _whole(key: str, where: str) -> str:
+    """Return a grid's key with its section. Raises ReftConfigError where several have it."""
+    if "." in key or key in RunConfig.model_fields:
+        return key
+    found = keys_ending(key)
+    if len(found) > 1:
+        raise ReftConfigError(f"{where}: grid has {key!r}, which may be {' or '.join(found)}.")
+    return found[0] if found else key
 
 
 def _cell(

@@ -293,6 +293,12 @@ def _describe(
         yield f"{prefix}{name}", _type_name(annotation), default, field.description or ""
 
 
+def keys_ending(name: str) -> list[str]:
+    """Return the keys of a run, of whatever method, that end in `name`: of "r", "adapter.r"."""
+    rows = (row for method in ("loreft", *BASELINES) for row in describe(method))
+    return list(dict.fromkeys(key for key, *_ in rows if key.rpartition(".")[2] == name))
+
+
 def yaml_value(value: Any) -> str:
     """Return a value as YAML writes it on one line."""
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
@@ -341,8 +347,11 @@ def _problems(error: ValidationError) -> Iterator[str]:
         keys = [row[0] for row in describe(method)]
         key = ".".join(place)
         if problem["type"] == "extra_forbidden":
-            near = did_you_mean(key, keys) or did_you_mean(
-                key.rpartition(".")[2], [k.rpartition(".")[2] for k in keys]
+            same = " or ".join(repr(k) for k in keys if k.rpartition(".")[2] == place[-1])
+            near = (
+                (f" Did you mean {same}?" if same else "")
+                or did_you_mean(key, keys)
+                or did_you_mean(place[-1], [k.rpartition(".")[2] for k in keys])
             )
             yield f"there is no key {key!r}.{near or ' `reftune config` prints every key.'}"
         elif problem["type"] == "missing":
