@@ -53,10 +53,11 @@ class Decides(Protocol):
     """A task that can tell before a completion ends what its score will be."""
 
     def is_decided(self, example: Example, text: str) -> bool:
-        """Return whether `score(example, text + more)` is the same for every `more`, '' included.
+        """Return True only if `score(example, text + more)` is the same for every `more`.
 
-        `text` is a completion so far, and may end within a word. An engine that can stop there
-        does; samples then hold the completion up to there.
+        '' is one, and other readings of the answer that reports have do not change either. `text`
+        is a completion so far, and may end within a word. An engine that can stop there does;
+        samples then hold the completion up to there.
         """
 
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from reftune.errors import ReftConfigError, did_you_mean
 from reftune.prompts import Example
-from reftune.tasks.arithmetic import COT_NAME, ArithmeticTask, Gsm8kTask
+from reftune.tasks.arithmetic import COT_NAME, AquaTask, ArithmeticTask, Gsm8kTask
 from reftune.tasks.arithmetic import NAMES as ARITHMETIC
 from reftune.tasks.base import Decoding as Decoding
 from reftune.tasks.base import FamilyTask
@@ -27,6 +27,7 @@ TASKS: Mapping[str, type[FamilyTask]] = MappingProxyType(
     {
         **dict.fromkeys(COMMONSENSE, CommonsenseTask),
         **dict.fromkeys(ARITHMETIC, ArithmeticTask),
+        "AQuA": AquaTask,
         COT_NAME: Gsm8kTask,
         **dict.fromkeys(INSTRUCT, InstructTask),
         **dict.fromkeys(LABELS, LabelTask),

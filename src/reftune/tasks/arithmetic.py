@@ -9,14 +9,15 @@
 
 The rules are the published code's, traps included. "1,234" is 1234 and "1,2" is 12; "5-3" ends in
 -3. AQuA's letter may be the A of "Answer" or the C of "Calculate". The score depends on the *last*
-number, so no stop string is exact; for AQuA the first letter decides, but a text that is cut there
-says nothing to a reader.
+number, so no stop string is exact; for AQuA the first letter decides, and its generation ends with
+the line in which that stands, which shows a reader what was taken for the answer.
 
 Decoding: the paper speaks of sampling (temperature 0.3, four beams), its commands decode greedily,
 which is our default; and it says 32 new tokens where the code has 512.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Final, final
 
@@ -47,17 +48,19 @@ TOLERANCE: Final = 1e-3
 GSM8K_VALIDATION: Final = 300  # the paper's: the last rows of the training set
 
 _NUMBER: Final = re.compile(r"-?\d+\.?\d*")
+_GREEDY: Final = Sampling(max_new_tokens=512)
+_SAMPLED: Final = Sampling(
+    max_new_tokens=512, temperature=0.3, top_p=0.75, top_k=40, num_beams=4, seed=PAPER_SEED
+)
 
 
 @final
 class ArithmeticTask(FamilyTask):
-    """A set in LLM-Adapters' layout: answers are numbers, AQuA's the letters of its options."""
+    """A set in LLM-Adapters' layout whose answers are numbers."""
 
     template: ClassVar[TemplateName] = "alpaca"
-    greedy: ClassVar[Sampling] = Sampling(max_new_tokens=512)
-    sampled: ClassVar[Sampling | None] = Sampling(
-        max_new_tokens=512, temperature=0.3, top_p=0.75, top_k=40, num_beams=4, seed=PAPER_SEED
-    )
+    greedy: ClassVar[Sampling] = _GREEDY
+    sampled: ClassVar[Sampling | None] = _SAMPLED
 
     def _load(self, data_dir: str | Path | None, split: Split, limit: int | None) -> list[Example]:
         return load_examples(
@@ -65,44 +68,60 @@ class ArithmeticTask(FamilyTask):
             data_dir,
             split,
             limit,
-            lambda row: self._example(to_row(self.name, row)),
+            lambda row: _example(self.name, row, _is_number, "a number"),
             GSM8K_VALIDATION if self.name == "gsm8k" else None,
         )
 
     def gold(self, example: Example) -> str:
-        """Return the row's answer: a number as text, or a letter."""
+        """Return the row's answer: a number as text."""
         return str(example.fields["answer"]).strip()
 
     def extract(self, text: str) -> str:
-        """Return the last number, commas deleted, or AQuA's first letter; '' without any."""
-        return first_letter(text) if self._lettered else last_number(text)
+        """Return the last number, commas deleted; '' without any."""
+        return last_number(text)
 
     def score(self, example: Example, completion: str) -> float:
-        """Return 1.0 if the extracted number is within 0.001 of the answer, or the letter is it."""
-        if self._lettered:
-            return float(self.extract(completion) == self.gold(example))
+        """Return 1.0 if the extracted number is within 0.001 of the answer."""
         return same_number(self.extract(completion), self.gold(example))
 
-    @property
-    def _lettered(self) -> bool:
-        return self.name == "AQuA"
 
-    def _example(self, row: Row) -> Example:
-        instruction, answer = row.fields.get("instruction"), row.fields.get("answer")
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise DataError(f"{row.where}: instruction is {instruction!r:.80}, not a text.")
-        if RESPONSE in instruction:
-            raise DataError(
-                f"{row.where}: the instruction holds {RESPONSE!r}, after which the published code "
-                "looks for the answer; reword it."
-            )
-        text = str(answer).strip()
-        if not (text in AQUA_LETTERS if self._lettered else _is_number(text)):
-            accepted = f"one of {', '.join(AQUA_LETTERS)}" if self._lettered else "a number"
-            raise DataError(f"{row.where}: answer is {answer!r:.80}; {self.name} needs {accepted}.")
-        output = str(row.fields.get("output") or "")
-        prompt = Instruction(instruction, str(row.fields.get("input") or ""))
-        return Example(prompt, output, row.fields, row.where)
+@final
+class AquaTask(FamilyTask):
+    """AQuA in LLM-Adapters' layout: answers are the letters of its options.
+
+    A class of its own, since it alone can be decided early: to ask costs time at every token.
+    """
+
+    template: ClassVar[TemplateName] = "alpaca"
+    greedy: ClassVar[Sampling] = _GREEDY
+    sampled: ClassVar[Sampling | None] = _SAMPLED
+
+    def _load(self, data_dir: str | Path | None, split: Split, limit: int | None) -> list[Example]:
+        accepted = f"one of {', '.join(AQUA_LETTERS)}"
+        return load_examples(
+            self.name,
+            data_dir,
+            split,
+            limit,
+            lambda row: _example(self.name, row, AQUA_LETTERS.__contains__, accepted),
+        )
+
+    def gold(self, example: Example) -> str:
+        """Return the row's answer: a letter."""
+        return str(example.fields["answer"]).strip()
+
+    def extract(self, text: str) -> str:
+        """Return the first letter; '' without any."""
+        return first_letter(text)
+
+    def score(self, example: Example, completion: str) -> float:
+        """Return 1.0 if the extracted letter is the answer."""
+        return float(self.extract(completion) == self.gold(example))
+
+    def is_decided(self, example: Example, text: str) -> bool:
+        """Return whether there is a letter, and its line has ended."""
+        letter = self.extract(text)
+        return letter != "" and "\n" in text.partition(letter)[2]
 
 
 @final
@@ -147,6 +166,23 @@ def first_letter(text: str) -> str:
 def same_number(found: str, gold: str) -> float:
     """Return 1.0 for numbers within 0.001 of each other."""
     return float(bool(found) and abs(float(found) - float(gold)) <= TOLERANCE)
+
+
+def _example(name: str, row: Row, fits: Callable[[str], bool], accepted: str) -> Example:
+    row = to_row(name, row)
+    instruction, answer = row.fields.get("instruction"), row.fields.get("answer")
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise DataError(f"{row.where}: instruction is {instruction!r:.80}, not a text.")
+    if RESPONSE in instruction:
+        raise DataError(
+            f"{row.where}: the instruction holds {RESPONSE!r}, after which the published code "
+            "looks for the answer; reword it."
+        )
+    if not fits(str(answer).strip()):
+        raise DataError(f"{row.where}: answer is {answer!r:.80}; {name} needs {accepted}.")
+    output = str(row.fields.get("output") or "")
+    prompt = Instruction(instruction, str(row.fields.get("input") or ""))
+    return Example(prompt, output, row.fields, row.where)
 
 
 def _is_number(text: str) -> bool:

@@ -10,7 +10,8 @@
 The comparison takes *all* that follows the trigger, as the published code does: with
 "the correct answer is true\\nBecause ..." the answer is wrong, and so is one that the 32 tokens
 cut short. Therefore no stop string is exact here: stopping at a newline would turn such a
-completion into a right one. Only the end of sequence ends generation early.
+completion into a right one. What ends generation early is the end of sequence, or that the answer
+is wrong however it goes on (`CommonsenseTask.is_decided`); a right one may always be spoilt.
 
 The published code searches prompt and completion together. No instruction of the eight sets holds
 the trigger, and a prompt's newline cannot begin it, so searching the completion is the same; an
@@ -88,6 +89,15 @@ class CommonsenseTask(FamilyTask):
     def score(self, example: Example, completion: str) -> float:
         """Return 1.0 if the extracted text is the answer and nothing else but outer whitespace."""
         return float(self.extract(completion).strip() == self.gold(example))
+
+    def is_decided(self, example: Example, text: str) -> bool:
+        """Return whether the answer is wrong and `first_named` the same, however `text` goes on.
+
+        An option stays the first: none is so long as to begin before it and end after it.
+        """
+        gold, answer = self.gold(example), self.extract(text)
+        may_be_right = gold.startswith(answer) or answer.rstrip() == gold
+        return not may_be_right and first_named(self.name, text) != ""
 
 
 def _example(row: Row) -> Example:
