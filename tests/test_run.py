@@ -62,6 +62,7 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path: Path) -> None:
     assert json.loads((directory / "results.json").read_text()) == results
     assert load_config(directory / "config.yaml") == config
     assert results["examples"] == 9
+    assert results["dtype"] == "float32", "what auto came to"
     assert results["heldout"]["n"] == 3
     assert not list(directory.glob(".*")), "no temporary file is left behind"
 

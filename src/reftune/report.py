@@ -328,7 +328,7 @@ def _conditions(records: Records) -> Section:
     c = run.config
     facts = {
         "base model": c["model"],
-        "dtype": c["dtype"],
+        "dtype": run.results.get("dtype", c["dtype"]),
         "training data": ", ".join(t) if isinstance(t := c["data"]["train"], list) else t,
         "examples": run.results["examples"],
         "optimizer steps": run.results["train"]["steps"],
