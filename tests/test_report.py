@@ -329,7 +329,12 @@ def test_the_markdown_has_the_same_numbers_and_its_pictures_beside_it(
         values = json.loads(results.read_text())
         values["train"]["cpu_seconds"] = 3.0
         results.write_text(json.dumps(values))
-    assert "training, CPU-seconds" in write_report(experiment, tmp_path / "cpu")[0].read_text()
+    assert "| training, s | tokens/s | seeds |" in text
+    text_cpu = write_report(experiment, tmp_path / "cpu")[0].read_text()
+    assert "training, CPU-seconds" in text_cpu
+    assert "| training, s | CPU-s | tokens/s | seeds |" in text_cpu
+    assert "| 12 | 3 | 100 | 2 |" in text_cpu
+    assert "| 37.5 | – | – | – | – |" in text_cpu
     assert any(r.startswith("| base | 0 | 0 | 25.0 | 50.0 | 37.5 |") for r in rows)
     assert "| loreft | 0.050 / 0.031 | 75.0 / 83.2 | 50.0 / 69.3 |" in text
     for block in re.split(r"\n\n", text):

@@ -90,6 +90,10 @@ class Records:
         """Return the tasks that any run was evaluated on."""
         return list(dict.fromkeys(task for run in self.runs for task in run.tasks))
 
+    def all_know(self, key: str) -> bool:
+        """Return whether the training of each run has such a number; see `trained`."""
+        return all(key in run.results["train"] for run in self.runs)
+
 
 def read(directory: str | Path) -> Records:
     """Read a run's directory, an experiment's, or any whose subdirectories are runs.
@@ -188,7 +192,7 @@ def average_error(runs: Sequence[Record], tasks: Sequence[str]) -> float | None:
 
 
 def trained(runs: Sequence[Record], key: str) -> OverSeeds | None:
-    """Return "seconds", "tokens_per_second" or "loss" of an arm's training over its seeds."""
+    """Return "seconds", "cpu_seconds", ... of an arm's training, over its seeds."""
     return mean_and_deviation([float(run.results["train"][key]) for run in runs])
 
 
