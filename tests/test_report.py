@@ -355,6 +355,31 @@ def test_a_single_run_has_a_report_and_an_empty_folder_says_what_to_give(
         write_report(tmp_path / "nowhere")
 
 
+def test_arms_are_compared_with_the_lora_of_their_rank_and_with_the_largest(tmp_path: Path) -> None:
+    right = {"boolq": [1, 1, 0, 0]}
+    for name, rank, parameters in (
+        *(("lora", 1, 100), ("lora", 4, 400), ("lora", 8, 800)),
+        *(("loreft", 1, 10), ("loreft", 2, 20), ("loreft", 4, 40)),
+    ):
+        folder = tmp_path / f"{name}-r{rank}"
+        make_run(folder, name, 1, right, {"boolq": BASE["boolq"]}, parameters, r=rank)
+    make_run(tmp_path / "ln_tuning", "ln_tuning", 1, right, {"boolq": BASE["boolq"]})
+    all_arms = set(read(tmp_path).arms)
+    assert len(all_arms) == 7
+    text = write_report(tmp_path)[0].read_text()
+    found = {}
+    for section in text.split("## Against ")[1:]:
+        name, _, rest = section.partition("\n")
+        rows = rest.partition("\n## ")[0]
+        found[name] = set(re.findall(r"^\| (\S+) \| boolq \|", rows, re.MULTILINE))
+    assert found == {
+        "the base model": all_arms,
+        "lora-r1": {"loreft-r1"},
+        "lora-r4": {"loreft-r4"},
+        "lora-r8": all_arms - {"lora-r8"},
+    }
+
+
 def test_the_order_of_the_interventions_is_shown_beside_the_papers(tmp_path: Path) -> None:
     for number, method in enumerate(("lobireft", "consreft", "loreft")):
         right = {"ARC-Easy": [1] * (number + 1) + [0] * (3 - number)}

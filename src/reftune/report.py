@@ -22,6 +22,7 @@ from reftune.records import (
     average,
     average_error,
     compare,
+    lora_references,
     mean_and_deviation,
     read,
     read_otherwise,
@@ -216,13 +217,12 @@ def _pictures(records: Records) -> Iterator[Section]:
 
 def _differences(records: Records) -> Iterator[Section]:
     arms = records.arms
-    references: list[tuple[str, list[Record] | None]] = [("the base model", None)]
-    references += [(a, runs) for a, runs in arms.items() if runs[0].method == "lora"][:1]
-    for name, reference in references:
+    references = {"the base model": list(arms), **lora_references(arms)}
+    for name, compared in references.items():
         rows = []
-        for arm, runs in arms.items():
+        for arm in compared:
             for task in records.task_names:
-                found = None if runs is reference else compare(runs, reference, task)
+                found = compare(arms[arm], arms.get(name), task)
                 if found is not None:
                     d = found.difference
                     error = "" if d.stderr is None else f" ± {100 * d.stderr:.1f}"
