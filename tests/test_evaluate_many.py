@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from reftune.evaluate import (
     Decides,
     Result,
     Sample,
-    over_seeds,
     read_samples,
     run,
     run_adapters,
@@ -309,28 +307,3 @@ def test_a_task_that_decides_early_has_the_same_scores_in_fewer_tokens(tmp_path)
         assert long.completion.startswith(short.completion)
         assert (short.score, short.extracted) == (long.score, long.extracted)
         assert short.finish_reason == ("decided" if short.extracted else "length")
-
-
-def result(value: float, task: str = "boolq", n: int = 10) -> Result:
-    return Result(task, "accuracy", value, 0.1, n, 1.0, 5)
-
-
-def test_results_over_seeds_have_a_mean_and_a_deviation():
-    mean, sd, n = over_seeds([result(v) for v in (0.2, 0.4, 0.9)])
-    assert mean == pytest.approx(0.5)
-    assert sd == pytest.approx(math.sqrt((0.09 + 0.01 + 0.16) / 2))
-    assert n == 3
-    assert over_seeds([result(0.3)]) == (0.3, None, 1)
-
-
-@pytest.mark.parametrize(
-    ("results", "says"),
-    [
-        ([], "nothing"),
-        ([result(0.1), result(0.1, task="piqa")], "boolq; accuracy of 10 examples of piqa"),
-        ([result(0.1), result(0.1, n=9)], "9 examples"),
-    ],
-)
-def test_results_of_different_things_have_no_mean(results, says):
-    with pytest.raises(RunError, match=says):
-        over_seeds(results)

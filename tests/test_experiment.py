@@ -1,5 +1,6 @@
 """Experiments: which cells there are, which are run, and what is kept of those that fail."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from reftune.base_model import base_scores
 from reftune.callbacks import Progress
 from reftune.cells import Outcome, run_cells
 from reftune.errors import ReftConfigError, RunError, RunInterrupted
-from reftune.experiment import Experiment, load_experiment
+from reftune.experiment import Cell, Experiment, load_experiment
 from reftune.generate import HFEngine
 from reftune.run import Silent, execute
 from reftune.settings import load_config
@@ -219,6 +220,7 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on_from_the_checkpoint(
         run_cells(broken, reporter=InterruptAt(1, cell=2))
     rows = read_cells(broken)
     assert [row["status"] for row in rows] == ["done", "interrupted"]
+    assert rows[1]["seconds"] > 0
     resumed: list[str] = []
 
     class Watching(Silent):
@@ -230,6 +232,60 @@ def test_ctrl_c_stops_all_and_the_same_command_goes_on_from_the_checkpoint(
     for one, other in zip(whole.cells, broken.cells, strict=True):
         a, b = (json.loads((c.config.directory / "results.json").read_text()) for c in (one, other))
         assert a["train"]["loss"] == b["train"]["loss"]
+
+
+def test_a_cells_seconds_are_those_of_all_its_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = Outcome("", "", {}, 0, "done")
+    ends = iter(
+        [
+            dataclasses.replace(done, status="interrupted", seconds=5.0),
+            dataclasses.replace(done, status="failed", seconds=10.0),
+            dataclasses.replace(done, seconds=100.0),
+            dataclasses.replace(done, seconds=7.0),
+        ]
+    )
+
+    def attempt(experiment: Experiment, cell: Cell, reporter: Any) -> Outcome:
+        end = next(ends)
+        if end.status == "done":
+            execute(cell.config, overwrite=True)
+        return dataclasses.replace(end, cell=cell.name, variant=cell.variant, seed=cell.seed)
+
+    monkeypatch.setattr(cells_module, "_with_base", attempt)
+    experiment = load_experiment(write(tmp_path, methods={"loreft": TWO["loreft"]}))
+    with pytest.raises(RunInterrupted):
+        run_cells(experiment)
+    assert [row["seconds"] for row in read_cells(experiment)] == [5.0]
+    for expected in (15.0, 115.0, 115.0):  # the last time, nothing is run
+        assert [outcome.seconds for outcome in run_cells(experiment)] == [expected]
+        assert [row["seconds"] for row in read_cells(experiment)] == [expected]
+    shutil.rmtree(experiment.cells[0].config.directory)
+    assert [outcome.seconds for outcome in run_cells(experiment)] == [7.0], "begun anew"
+
+
+def test_a_cells_seconds_are_known_from_its_results_where_no_attempt_noted_them(
+    tmp_path: Path,
+) -> None:
+    experiment = load_experiment(write(tmp_path, methods={"loreft": TWO["loreft"]}))
+    run_cells(experiment)
+    (row,) = read_cells(experiment)
+    path = experiment.cells[0].config.directory / "results.json"
+    results = json.loads(path.read_text())
+    assert row["train_cpu_seconds"] == results["train"]["cpu_seconds"] > 0
+    results["train"]["seconds"] = 1000.0  # most of them before its process was killed
+    del results["train"]["cpu_seconds"]  # as on accelerators
+    results["tasks"] = {
+        "demo": {who: {"value": 1.0, "seconds": 20.0} for who in ("base", "adapter")}
+    }
+    path.write_text(json.dumps(results))
+    for _ in range(2):
+        run_cells(experiment)
+        (row,) = read_cells(experiment)
+        assert (row["train_seconds"], row["seconds"]) == (1000.0, 1020.0)
+        assert "train_cpu_seconds" not in row
+        (experiment.directory / "cells.jsonl").unlink()
 
 
 def test_other_settings_in_a_finished_cell_are_not_taken_for_its_results(tmp_path: Path) -> None:

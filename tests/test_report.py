@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -73,6 +74,7 @@ def make_run(
         "name": directory.name,
         "method": method,
         "seed": seed,
+        "dtype": "bfloat16",
         "parameters": parameters,
         "percent": 100 * parameters / 1e6,
         "examples": 10,
@@ -327,7 +329,12 @@ def test_the_markdown_has_the_same_numbers_and_its_pictures_beside_it(
         values = json.loads(results.read_text())
         values["train"]["cpu_seconds"] = 3.0
         results.write_text(json.dumps(values))
-    assert "training, CPU-seconds" in write_report(experiment, tmp_path / "cpu")[0].read_text()
+    assert "| training, s | tokens/s | seeds |" in text
+    text_cpu = write_report(experiment, tmp_path / "cpu")[0].read_text()
+    assert "training, CPU-seconds" in text_cpu
+    assert "| training, s | CPU-s | tokens/s | seeds |" in text_cpu
+    assert "| 12 | 3 | 100 | 2 |" in text_cpu
+    assert "| 37.5 | – | – | – | – |" in text_cpu
     assert any(r.startswith("| base | 0 | 0 | 25.0 | 50.0 | 37.5 |") for r in rows)
     assert "| loreft | 0.050 / 0.031 | 75.0 / 83.2 | 50.0 / 69.3 |" in text
     for block in re.split(r"\n\n", text):
@@ -346,6 +353,31 @@ def test_a_single_run_has_a_report_and_an_empty_folder_says_what_to_give(
     assert "Against the base model" in text
     with pytest.raises(RunError, match=r"no finished run.*experiment"):
         write_report(tmp_path / "nowhere")
+
+
+def test_arms_are_compared_with_the_lora_of_their_rank_and_with_the_largest(tmp_path: Path) -> None:
+    right = {"boolq": [1, 1, 0, 0]}
+    for name, rank, parameters in (
+        *(("lora", 1, 100), ("lora", 4, 400), ("lora", 8, 800)),
+        *(("loreft", 1, 10), ("loreft", 2, 20), ("loreft", 4, 40)),
+    ):
+        folder = tmp_path / f"{name}-r{rank}"
+        make_run(folder, name, 1, right, {"boolq": BASE["boolq"]}, parameters, r=rank)
+    make_run(tmp_path / "ln_tuning", "ln_tuning", 1, right, {"boolq": BASE["boolq"]})
+    all_arms = set(read(tmp_path).arms)
+    assert len(all_arms) == 7
+    text = write_report(tmp_path)[0].read_text()
+    found = {}
+    for section in text.split("## Against ")[1:]:
+        name, _, rest = section.partition("\n")
+        rows = rest.partition("\n## ")[0]
+        found[name] = set(re.findall(r"^\| (\S+) \| boolq \|", rows, re.MULTILINE))
+    assert found == {
+        "the base model": all_arms,
+        "lora-r1": {"loreft-r1"},
+        "lora-r4": {"loreft-r4"},
+        "lora-r8": all_arms - {"lora-r8"},
+    }
 
 
 def test_the_order_of_the_interventions_is_shown_beside_the_papers(tmp_path: Path) -> None:
@@ -393,6 +425,21 @@ TRAIN_CONFIG = {
 }  # fmt: skip
 
 
+def is_valid(train_config: dict[str, Any]) -> bool:
+    """Return whether the suite's `TrainConfig` takes it: the rules of its `__post_init__`."""
+    c, optimizers = train_config, {n for n in dir(torch.optim) if n[0].isupper()}
+    return (
+        isinstance(c["model_id"], str)
+        and c["dtype"] in {"float32", "float16", "bfloat16", "int8", "int4"}
+        and min(c["batch_size"], c["batch_size_eval"], c["max_steps"], c["eval_steps"]) > 0
+        and min(c["max_seq_length"], c["grad_norm_clip"]) >= 0
+        and c["eval_steps"] <= c["max_steps"]
+        and c["optimizer_type"] in optimizers | {"lora+", "lora-fa", "riemannian"}
+        and c["lr_scheduler"] in {None, "cosine"}
+        and "{query}" in c["query_template"]
+    )
+
+
 def test_a_run_is_exported_in_the_schema_of_pefts_comparison(experiment: Path) -> None:
     adapter = experiment / "loreft-s1" / "adapter"
     adapter.mkdir()
@@ -405,7 +452,11 @@ def test_a_run_is_exported_in_the_schema_of_pefts_comparison(experiment: Path) -
         assert set(entry[part]) == set(keys)
         for key, kind in keys.items():
             assert isinstance(entry[part][key], kind), (part, key)
-    assert set(entry["run_info"]["train_config"]) == TRAIN_CONFIG
+    trained = entry["run_info"]["train_config"]
+    assert set(trained) == TRAIN_CONFIG
+    assert is_valid(trained), "of a run that is given by epochs, in dtype auto"
+    assert (trained["max_steps"], trained["eval_steps"], trained["dtype"]) == (4, 4, "bfloat16")
+    assert {row["lr"] for row in entry["train_info"]["metrics"][:-1]} == {1e-3}
     info = entry["train_info"]
     assert (info["file_size"], info["num_trainable_params"]) == (123, 500)
     assert info["num_total_params"] == 1_000_500
@@ -414,6 +465,46 @@ def test_a_run_is_exported_in_the_schema_of_pefts_comparison(experiment: Path) -
     assert last["train loss"] == pytest.approx(statistics.fmean([2, 1, 2 / 3, 0.5]))
     assert {"train loss", "train samples", "train total tokens"} <= set(last)
     assert entry["run_info"]["peft_config"]["peft_type"] == "REFT"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "expected"),
+    [
+        ({"quantization": "bnb-4bit"}, "dtype", "int4"),
+        ({"quantization": "torchao-int8"}, "dtype", "int8"),
+        ({"dtype": "float32"}, "dtype", "bfloat16"),
+        ({"schedule": "linear"}, "lr_scheduler", None),
+        ({"schedule": "cosine"}, "lr_scheduler", "cosine"),
+        ({"optimizer": "adamw_torch_fused"}, "optimizer_type", "AdamW"),
+        ({"optimizer": "sgd"}, "optimizer_type", "SGD"),
+        ({"compile": True}, "compile", False),
+    ],
+)
+def test_an_entrys_settings_are_the_suites_names_for_what_was_done(
+    changes: dict[str, Any], key: str, expected: Any, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", "loreft", 1, LORA, BASE)
+    record = read(tmp_path / "run").runs[0]
+    top = {k: v for k, v in changes.items() if k in record.config}
+    train = record.config["train"] | {k: v for k, v in changes.items() if k not in top}
+    record = dataclasses.replace(record, config={**record.config, **top, "train": train})
+    trained = method_comparison(record)["run_info"]["train_config"]
+    assert is_valid(trained)
+    assert trained[key] == expected
+
+
+def test_what_the_suite_cannot_hold_is_not_exported_as_something_else(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "loreft", 1, LORA, BASE)
+    record = read(tmp_path / "run").runs[0]
+    train = record.config["train"] | {"optimizer": "galore"}
+    with pytest.raises(RunError, match="trained by galore"):
+        method_comparison(dataclasses.replace(record, config={**record.config, "train": train}))
+    earlier = {k: v for k, v in record.results.items() if k != "dtype"}
+    with pytest.raises(RunError, match="dtype: auto"):
+        method_comparison(dataclasses.replace(record, results=earlier))
+    config = {**record.config, "dtype": "float16"}
+    entry = method_comparison(dataclasses.replace(record, config=config, results=earlier))
+    assert entry["run_info"]["train_config"]["dtype"] == "float16"
 
 
 def test_an_entry_says_what_the_run_was_made_with_and_not_who_exports_it(tmp_path: Path) -> None:

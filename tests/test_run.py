@@ -1,5 +1,6 @@
 """A run from its config to its directory, and what happens when it is interrupted or broken."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from reftune import train as train_module
 from reftune.callbacks import Memory, Progress, last_checkpoint
 from reftune.errors import DataError, RunError
 from reftune.plots import read_log
-from reftune.run import Silent, execute, load_adapter
+from reftune.run import Silent, execute, load_adapter, versions
 from reftune.settings import RunConfig, load_config
 from runs import tiny_run
 
@@ -62,8 +63,26 @@ def test_a_run_leaves_everything_in_its_directory(tmp_path: Path) -> None:
     assert json.loads((directory / "results.json").read_text()) == results
     assert load_config(directory / "config.yaml") == config
     assert results["examples"] == 9
+    assert results["dtype"] == "float32", "what auto came to"
     assert results["heldout"]["n"] == 3
     assert not list(directory.glob(".*")), "no temporary file is left behind"
+
+
+def test_versions_are_of_all_that_a_score_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch": "2", "tokenizers": "3", "reasoning-gym": "4", "lm_eval": "5", "rich": "6"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    expected = {"reftune": "unknown", **installed}
+    del expected["rich"]
+    assert versions() == expected, "what is not installed is left out"
+    installed |= dict.fromkeys(("datasets", "scikit-learn", "scipy", "vllm", "reftune"), "7")
+    assert set(installed) - {"rich"} == set(versions())
+    assert next(iter(versions().items())) == ("reftune", "7")
 
 
 def test_training_lowers_the_loss_and_the_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Outcome:
     seed: int
     status: Status
     error: str | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # of all its attempts, in what `run_cells` returns
 
 
 def run_cells(
@@ -76,8 +76,7 @@ def run_cells(
     earlier = rows_of(experiment)
     _check_other_seeds(experiment, earlier)
     outcomes = {
-        cell.name: replace(status_of(cell), seconds=earlier.get(cell.name, {}).get("seconds", 0.0))
-        for cell in experiment.cells
+        cell.name: _after(status_of(cell), earlier.get(cell.name, {})) for cell in experiment.cells
     }
     write_cells(experiment, outcomes.values())
     todo = [cell for cell in experiment.cells if outcomes[cell.name].status != "done"]
@@ -88,7 +87,8 @@ def run_cells(
     run = _one_after_another if jobs == 1 or len(todo) < 2 else _in_processes
     try:
         for outcome in run(experiment, todo, jobs, reporter):
-            outcomes[outcome.cell] = outcome
+            seconds = outcomes[outcome.cell].seconds + outcome.seconds
+            outcomes[outcome.cell] = replace(outcome, seconds=round(seconds, 1))
             write_cells(experiment, outcomes.values())
             if outcome.status == "failed":
                 reporter.say(f"{outcome.cell} failed: {outcome.error}")
@@ -115,6 +115,12 @@ def status_of(cell: Cell) -> Outcome:
             "another name (name=...), or remove that directory."
         )
     return replace(plain, status="done")
+
+
+def _after(outcome: Outcome, row: Mapping[str, Any]) -> Outcome:
+    """Count the seconds of earlier attempts; where a finished cell was removed, there are none."""
+    removed = row.get("status") == "done" and outcome.status != "done"
+    return outcome if removed else replace(outcome, seconds=row.get("seconds", 0.0))
 
 
 def changed_keys(config: RunConfig) -> list[str]:
@@ -165,11 +171,7 @@ def write_cells(experiment: Experiment, outcomes: Iterable[Outcome]) -> None:
         row = dataclasses.asdict(outcome)
         path = experiment.directory / outcome.cell / RESULTS
         if outcome.status == "done" and path.is_file():
-            results = json.loads(path.read_text(encoding="utf-8"))
-            tasks = results["tasks"].items()
-            row["scores"] = {name: scores["adapter"]["value"] for name, scores in tasks}
-            row["parameters"] = results["parameters"]
-            row["train_seconds"] = results["train"]["seconds"]
+            row |= _measured(json.loads(path.read_text(encoding="utf-8")), outcome.seconds)
         rows[outcome.cell] = row
     for cell, row in rows_of(experiment).items():
         ended = RESULTS if row["status"] == "done" else ERROR
@@ -178,6 +180,25 @@ def write_cells(experiment: Experiment, outcomes: Iterable[Outcome]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()]
     experiment.directory.mkdir(parents=True, exist_ok=True)
     write_text(experiment.directory / CELLS, "".join(lines))
+
+
+def _measured(results: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Return what a finished cell's results say; of the seconds, what no attempt has noted, too.
+
+    Attempts that were killed note none, and a cell may have been run by itself.
+    """
+    train = results["train"]
+    scores = {name: found["adapter"] for name, found in results["tasks"].items()}
+    known = train["seconds"] + sum(score["seconds"] for score in scores.values())
+    row = {
+        "seconds": max(seconds, round(known, 1)),
+        "scores": {name: score["value"] for name, score in scores.items()},
+        "parameters": results["parameters"],
+        "train_seconds": train["seconds"],
+    }
+    if "cpu_seconds" in train:
+        row["train_cpu_seconds"] = train["cpu_seconds"]
+    return row
 
 
 # --- one cell -------------------------------------------------------------------------------------
@@ -204,7 +225,7 @@ def run_cell(
             base_scores=base,
         )
     except (KeyboardInterrupt, RunInterrupted):
-        return replace(outcome, status="interrupted")
+        return replace(outcome, status="interrupted", seconds=_since(start))
     except Exception as error:  # one cell's failure is a result of the experiment
         with suppress(OSError):  # the disk may be full, which is what has failed
             directory.mkdir(parents=True, exist_ok=True)

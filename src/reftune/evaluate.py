@@ -20,12 +20,10 @@ from reftune.methods import as_base
 from reftune.prompts import Example, encode_prompt, render_prompt
 from reftune.samples import (
     FORMAT,
-    OverSeeds,
     PairedDifference,
     Result,
     Sample,
     earlier_samples,
-    over_seeds,
     paired_difference,
     read_samples,
     result_of,
@@ -35,11 +33,9 @@ from reftune.tasks import Task
 
 __all__ = [
     "Decides",
-    "OverSeeds",
     "PairedDifference",
     "Result",
     "Sample",
-    "over_seeds",
     "paired_difference",
     "read_samples",
     "run",

@@ -3,7 +3,8 @@
 That suite keeps a JSON file for each experiment. What a run of ours does not measure is 0 (memory
 where there was no GPU: its readers want a number, and take it for the least) or left out
 ("forgetting", a loss on Wikipedia). `train_config.model_id` and the names of the metrics say what
-was run: only Llama-3.2-3B on MetaMathQA is an entry of theirs.
+was run: only Llama-3.2-3B on MetaMathQA is an entry of theirs. Of schedules it knows the cosine and
+none: where `lr_scheduler` is null, each metric's "lr" says whether the rate was constant.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from reftune.run import ADAPTER, RESULTS
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 EVAL_STEPS = 250  # the suite's: its last loss is the mean over so many steps
 _SCHEDULES = {"cosine": "cosine"}  # the others are not theirs
+_QUANTIZED = {"bnb-4bit": "int4", "bnb-8bit": "int8", "torchao-int8": "int8"}
+# Of torch.optim, by the names that transformers gives them; AdamW has many.
+_OPTIMIZERS = {"sgd": "SGD", "adagrad": "Adagrad", "rmsprop": "RMSprop", "adafactor": "Adafactor"}
 
 
 def method_comparison(record: Record) -> dict[str, Any]:
     """Return a finished run as one of the suite's result files holds it.
 
-    Raises RunError for what the suite does not have: classifiers, and runs without an accuracy.
+    Raises RunError for what the suite does not have: classifiers, runs without an accuracy, and
+    other optimizers than torch's; and for runs that do not say their base's dtype.
     """
     if record.config.get("task_type", "causal_lm") != "causal_lm":
         raise RunError(f"{record.directory} is a classifier's run; PEFT's comparison has none.")
@@ -50,7 +55,7 @@ def method_comparison(record: Record) -> dict[str, Any]:
             "experiment_name": f"{record.method}/{_name(record.directory)}",
             "peft_branch": "reftune",
             "peft_worktree_is_dirty": False,
-            "train_config": _train_config(record.config),
+            "train_config": _train_config(record),
             "peft_config": _peft_config(record),
             "error_msg": "",
         },
@@ -90,6 +95,7 @@ def _metrics(record: Record) -> list[dict[str, Any]]:
         {
             "step": row["step"],
             "train loss": row["loss"],
+            "lr": row["learning_rate"],
             "train samples": row["step"] * batch,
             "elapsed time": row.get("seconds", 0.0),
         }
@@ -118,22 +124,23 @@ def _name(directory: Path) -> str:
     return f"{directory.parent.name}-{directory.name}" if inside else directory.name
 
 
-def _train_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _train_config(record: Record) -> dict[str, Any]:
+    config, trained = record.config, record.results["train"]
     train, data = config["train"], config["data"]
     return {
         "model_id": config["model"],
-        "dtype": config["dtype"],
+        "dtype": _dtype(record),
         "max_seq_length": data["max_length"],
         "batch_size": train["batch_size"] * train["gradient_accumulation_steps"],
         "batch_size_eval": config["evaluate"]["batch_size"],
-        "max_steps": train["max_steps"] or 0,
-        "eval_steps": train["max_steps"] or 0,
-        "compile": train["compile"] is True,
+        "max_steps": trained["steps"],
+        "eval_steps": trained["steps"],  # evaluated once, at the end
+        "compile": "compile" in trained.get("shortcuts", ()),
         "use_gc": train["gradient_checkpointing"],
         "query_template": "{query}",
         "seed": config["seed"],
         "grad_norm_clip": train["max_grad_norm"],
-        "optimizer_type": "AdamW" if "adamw" in train["optimizer"] else train["optimizer"],
+        "optimizer_type": _optimizer(record),
         "optimizer_kwargs": {"lr": train["learning_rate"], "weight_decay": train["weight_decay"]},
         "lr_scheduler": _SCHEDULES.get(train["schedule"]),
         "use_amp": False,
@@ -142,6 +149,27 @@ def _train_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "attn_implementation": config["attn_implementation"],
         "init_kv_cache_prefix": None,
     }
+
+
+def _dtype(record: Record) -> str:
+    """Return what the base was loaded in. Raises RunError where nothing says it."""
+    if quantization := record.config.get("quantization"):
+        return _QUANTIZED[quantization]
+    found = str(record.results.get("dtype", record.config["dtype"]))
+    if found == "auto":
+        raise RunError(
+            f"{record.directory} was run with dtype: auto by a version that did not write down "
+            'what it came to. Add it to results.json, e.g. "dtype": "bfloat16".'
+        )
+    return found
+
+
+def _optimizer(record: Record) -> str:
+    """Return the name that torch gives a run's optimizer. Raises RunError where it has none."""
+    name = record.config["train"]["optimizer"]
+    if found := "AdamW" if "adamw" in name else _OPTIMIZERS.get(name):
+        return found
+    raise RunError(f"{record.directory} was trained by {name}, which PEFT's comparison lacks.")
 
 
 def _peft_config(record: Record) -> dict[str, Any] | None:

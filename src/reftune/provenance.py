@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from contextlib import suppress
+
+_PACKAGES = (
+    *("torch", "transformers", "peft", "tokenizers", "datasets"),
+    *("reasoning-gym", "scikit-learn", "scipy", "lm_eval", "vllm"),  # make, score or answer tasks
+)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("reftune", "torch", "transformers", "peft")
-    known = {}
-    for name in names:
-        try:
+    """Return the versions that a result depends on, of what is installed."""
+    known = {"reftune": "unknown"}  # run from a source tree
+    for name in ("reftune", *_PACKAGES):
+        with suppress(importlib.metadata.PackageNotFoundError):
             known[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree
-            known[name] = "unknown"
     return known
 
 

@@ -49,6 +49,12 @@ class Record:
         return "dora" if adapter.get("use_dora") else str(adapter["method"])
 
     @property
+    def rank(self) -> int | None:
+        """Return the adapter's rank, `adapter.r`; None of methods without one."""
+        found: int | None = self.config["adapter"].get("r")
+        return found
+
+    @property
     def tasks(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
         """Return {task: {who: result}}."""
         found: Mapping[str, Mapping[str, Mapping[str, Any]]] = self.results["tasks"]
@@ -89,6 +95,10 @@ class Records:
     def task_names(self) -> list[str]:
         """Return the tasks that any run was evaluated on."""
         return list(dict.fromkeys(task for run in self.runs for task in run.tasks))
+
+    def all_know(self, key: str) -> bool:
+        """Return whether the training of each run has such a number; see `trained`."""
+        return all(key in run.results["train"] for run in self.runs)
 
 
 def read(directory: str | Path) -> Records:
@@ -188,7 +198,7 @@ def average_error(runs: Sequence[Record], tasks: Sequence[str]) -> float | None:
 
 
 def trained(runs: Sequence[Record], key: str) -> OverSeeds | None:
-    """Return "seconds", "tokens_per_second" or "loss" of an arm's training over its seeds."""
+    """Return "seconds", "cpu_seconds", ... of an arm's training, over its seeds."""
     return mean_and_deviation([float(run.results["train"][key]) for run in runs])
 
 
@@ -212,6 +222,23 @@ def compare(ours: Sequence[Record], other: Sequence[Record] | None, task: str) -
     except RunError:  # evaluated on other examples
         return None
     return Comparison(task, difference, sign_test(difference.wins, difference.losses))
+
+
+def lora_references(arms: Mapping[str, Sequence[Record]]) -> dict[str, list[str]]:
+    """Return which arms are compared with which LoRA: {LoRA's arm: arms}.
+
+    One LoRA is compared with all. Of several, the largest is, and each of the others with the arms
+    of its rank; LoRAs are compared with the largest alone.
+    """
+    loras = {arm: runs[0] for arm, runs in arms.items() if runs[0].method == "lora"}
+    if not loras:
+        return {}
+    largest = max(loras, key=lambda arm: int(loras[arm].results["parameters"]))
+    found = {}
+    for lora, run in loras.items():
+        same = [a for a, r in arms.items() if a not in loras and r[0].rank == run.rank]
+        found[lora] = [a for a in arms if a != lora] if lora == largest else same
+    return found
 
 
 @dataclass(frozen=True)

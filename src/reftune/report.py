@@ -22,6 +22,7 @@ from reftune.records import (
     average,
     average_error,
     compare,
+    lora_references,
     mean_and_deviation,
     read,
     read_otherwise,
@@ -81,28 +82,28 @@ def sections(records: Records) -> Iterator[Section]:
 def _scores(records: Records) -> Section:
     tasks, arms = records.task_names, records.arms
     several = len(tasks) > 1
-    header = ("method", "parameters", "% of base", *(_column(records, t) for t in tasks))
-    header += (("average",) if several else ()) + ("training, s", "tokens/s", "seeds")
+    costs = {"seconds": "training, s", "cpu_seconds": "CPU-s", "tokens_per_second": "tokens/s"}
+    costs = {key: name for key, name in costs.items() if records.all_know(key)}
+    columns = [*(_column(records, t) for t in tasks), *(["average"] if several else [])]
+    header = ("method", "parameters", "% of base", *columns, *costs.values(), "seeds")
     rows, values = [], []
     for who in _others(records):
         numbers = [score(records.runs[:1], task, who) for task in tasks]
         numbers += [average(records.runs[:1], tasks, who)] if several else []
-        rows.append((who, "0", "0", *(_number(v, False) for v in numbers), _DASH, _DASH, _DASH))
+        dashes = [_DASH] * (len(costs) + 1)
+        rows.append((who, "0", "0", *(_number(v, False) for v in numbers), *dashes))
     skipped = len(rows)
     for arm, runs in arms.items():
         numbers = [score(runs, task) for task in tasks]
         numbers += [average(runs, tasks)] if several else []
         values.append(numbers)
-        first, seconds = runs[0].results, trained(runs, "seconds")
-        rate = trained(runs, "tokens_per_second")
         rows.append(
             (
                 arm,
-                f"{first['parameters']:,}",
-                f"{first['percent']:.4f}",
+                f"{runs[0].results['parameters']:,}",
+                f"{runs[0].results['percent']:.4f}",
                 *(_number(v) for v in numbers),
-                f"{seconds.mean:,.0f}" if seconds else _DASH,
-                f"{rate.mean:,.0f}" if rate else _DASH,
+                *(f"{_mean(trained(runs, key)):,.0f}" for key in costs),
                 str(len(runs)),
             )
         )
@@ -196,7 +197,7 @@ def _pictures(records: Records) -> Iterator[Section]:
         "parameters": ("trained parameters", lambda runs: float(runs[0].results["parameters"])),
         "seconds": ("training, seconds", lambda runs: _mean(trained(runs, "seconds"))),
     }
-    if all("cpu_seconds" in run.results["train"] for run in records.runs):  # hardly depends on load
+    if records.all_know("cpu_seconds"):  # which hardly depend on load
         cpu_seconds = ("training, CPU-seconds", lambda runs: _mean(trained(runs, "cpu_seconds")))
         costs = {**costs, "seconds": cpu_seconds}
     pictures = []
@@ -216,13 +217,12 @@ def _pictures(records: Records) -> Iterator[Section]:
 
 def _differences(records: Records) -> Iterator[Section]:
     arms = records.arms
-    references: list[tuple[str, list[Record] | None]] = [("the base model", None)]
-    references += [(a, runs) for a, runs in arms.items() if runs[0].method == "lora"][:1]
-    for name, reference in references:
+    references = {"the base model": list(arms), **lora_references(arms)}
+    for name, compared in references.items():
         rows = []
-        for arm, runs in arms.items():
+        for arm in compared:
             for task in records.task_names:
-                found = None if runs is reference else compare(runs, reference, task)
+                found = compare(arms[arm], arms.get(name), task)
                 if found is not None:
                     d = found.difference
                     error = "" if d.stderr is None else f" ± {100 * d.stderr:.1f}"
@@ -328,7 +328,7 @@ def _conditions(records: Records) -> Section:
     c = run.config
     facts = {
         "base model": c["model"],
-        "dtype": c["dtype"],
+        "dtype": run.results.get("dtype", c["dtype"]),
         "training data": ", ".join(t) if isinstance(t := c["data"]["train"], list) else t,
         "examples": run.results["examples"],
         "optimizer steps": run.results["train"]["steps"],

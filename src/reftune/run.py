@@ -112,6 +112,7 @@ def execute(
         "name": config.name,
         "method": config.method,
         "seed": config.seed,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),  # what "auto" came to
         "parameters": trainable,
         "percent": 100 * trainable / of_base,
         "examples": len(train),

@@ -92,23 +92,6 @@ class OverSeeds(NamedTuple):
     n: int
 
 
-def over_seeds(results: Sequence[Result]) -> OverSeeds:
-    """Return mean and deviation of the value of one task over seeds.
-
-    Raises:
-        RunError: there are no results, or they are not of one task, metric and number of examples.
-    """
-    kinds = sorted({f"{r.metric} of {r.n} examples of {r.task}" for r in results})
-    if len(kinds) != 1:
-        raise RunError(
-            f"the results over seeds are of {'; '.join(kinds) or 'nothing'}: give the results of "
-            "one task, evaluated on the same examples, one for each seed."
-        )
-    values = [result.value for result in results]
-    sd = statistics.stdev(values) if len(values) > 1 else None
-    return OverSeeds(statistics.fmean(values), sd, len(values))
-
-
 def result_of(task: str, metric: str, samples: Sequence[Sample]) -> Result:
     """Return the result that samples of a task come to: their mean score is the `metric`."""
     scores = [sample.score for sample in samples]
