@@ -23,6 +23,7 @@ from adapted_tiny import strong
 from architectures import ARCHITECTURES
 from reftune import classify
 from reftune.callbacks import Progress, last_checkpoint
+from reftune.cells import changed_keys
 from reftune.encoder import Texts, collator, head_modules, load_classifier, model_config, predict
 from reftune.errors import DataError, ReftConfigError, RunError
 from reftune.interventions import METHODS
@@ -101,7 +102,7 @@ def tiny_run(folder: Path, name: str = "rte", family: str = "bert", **sections: 
         "task_type": "seq_cls",
         "output_dir": str(folder / "runs"),
         "adapter": {"positions": "f3"},
-        "data": {"train": name, "data_dir": str(data), "max_length": 32},
+        "data": {"train": name, "data_dir": str(data), "max_length": 32, "leaks": "allow"},
         "train": {
             "epochs": 4,
             "batch_size": 8,
@@ -313,6 +314,89 @@ def test_an_adapter_without_its_labels_says_so(tmp_path: Path) -> None:
     (config.directory / "adapter" / "config.json").unlink()
     with pytest.raises(RunError, match=r"no config\.json.*labels"):
         load_adapter(config.directory)
+
+
+# --- rows that are trained on and scored ----------------------------------------------------------
+
+
+def sharing_run(folder: Path, name: str = "rte", **data: Any) -> RunConfig:
+    """Return a config of a run that trains on 2 of the 22 validation rows."""
+    config = tiny_run(folder, name, train={"max_steps": 1}, data=data)
+    about = GLUE[name]
+    rows = [
+        {**dict.fromkeys(about.columns, f"Text {i} of them"), "label": i % 2} for i in range(54)
+    ]
+    write(folder / "glue" / name / "train.jsonl", rows[:32])
+    shared = [{k: str(v).upper() if k != "label" else v for k, v in r.items()} for r in rows[3:5]]
+    write(folder / "glue" / name / "dev.jsonl", [*rows[32:52], *shared])
+    return config
+
+
+def test_a_classifier_of_rows_that_it_is_scored_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classify, "load", lambda *_: pytest.fail("a model was loaded"))
+    says = (
+        r"holds 2 of the 22 questions of rte.*dev\.jsonl:21 in .*train\.jsonl:4.*data\.leaks: drop"
+    )
+    for seed in range(3):  # whichever half the two rows are in
+        config = sharing_run(tmp_path, leaks="refuse").model_copy(update={"seed": seed})
+        with pytest.raises(DataError, match=says):
+            execute(config)
+
+
+@pytest.mark.parametrize(("rule", "trained"), [("drop", 30), ("allow", 32)])
+def test_what_a_classifier_shares_is_left_out_or_allowed_and_told(
+    rule: str, trained: int, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    reporter = Silent()
+    reporter.say = said.append  # type: ignore[method-assign]
+    results = execute(sharing_run(tmp_path, leaks=rule), reporter=reporter)
+    assert results["examples"] == trained
+    assert "holds 2 of the 22 questions of rte" in said[0]
+
+
+def test_two_texts_are_shared_as_a_pair(tmp_path: Path) -> None:
+    config = sharing_run(tmp_path, "mrpc", leaks="refuse")
+    path = tmp_path / "glue" / "mrpc" / "dev.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write(path, [row | {"sentence2": f"Other {i}"} for i, row in enumerate(rows)])
+    assert classify.read(config).notes == []
+
+
+def test_only_sets_that_choose_or_are_scored_are_compared(tmp_path: Path) -> None:
+    for protocol, wanted in (("paper", "mnli"), ("plain", "mnli-mm")):
+        config = sharing_run(tmp_path, "mnli", leaks="allow")
+        (tmp_path / "glue" / "mnli" / "dev.jsonl").rename(
+            tmp_path / "glue" / "mnli" / "dev_matched.jsonl"
+        )
+        write(tmp_path / "glue" / "mnli" / "dev_mismatched.jsonl", text_rows("mnli", 7))
+        config = config.model_copy(
+            update={
+                "evaluate": config.evaluate.model_copy(update={"tasks": ["mnli-mm"]}),
+                "classify": config.classify.model_copy(update={"protocol": protocol}),
+            }
+        )
+        sets = classify.read(config)
+        assert list(sets.scored) == ["mnli-mm"]
+        assert ["of mnli," in note for note in sets.notes] == [True] * (wanted == "mnli")
+
+
+def test_what_was_not_refused_is_what_a_recipe_allows_now(tmp_path: Path) -> None:
+    config = sharing_run(tmp_path, leaks="allow")
+    execute(config)
+    path = config.directory / "config.yaml"
+    path.write_text(path.read_text().replace("leaks: allow", "leaks: refuse"))
+    assert changed_keys(config) == []
+    with pytest.raises(RunError, match="is finished"):  # and not: has other settings
+        execute(config, resume=True)
+    for before, now in (("refuse", "drop"), ("allow", "refuse")):
+        path.write_text(re.sub("leaks: [a-z]+", f"leaks: {before}", path.read_text()))
+        other = sharing_run(tmp_path, leaks=now)
+        assert "data.leaks" in changed_keys(other)
+        with pytest.raises(RunError, match=r"other settings \(data\.leaks"):
+            execute(other, resume=True)
 
 
 # --- the best epoch -------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ ROOMS = (
     "classify",
     "sources",
     "stored",
+    "seen",
     "card",
     "plots",
     "loading",

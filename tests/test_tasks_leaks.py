@@ -1,19 +1,29 @@
 """Training data that holds test questions is found, whatever form either has."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from reftune import classify
 from reftune.errors import DataError
 from reftune.prompts import Example, Instruction, Message, Prompt
 from reftune.run import execute
+from reftune.settings import parse_config
 from reftune.sources import read_examples, tasks_of, without_leaks
 from reftune.tasks import get_task, training_examples
 from reftune.tasks.leaks import find_leaks, hold_out, look_for_leaks, words
+from reftune_cli import app
 from runs import tiny_run
 from task_data import DATA, needs_data
+
+quiet = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore:.*pin_memory.*"
+)
 
 LONG = "How many legs have 3 cats, 12 hens and 1,000 ants in a wide field?"
 SHORT = "What is autism?"
@@ -197,6 +207,114 @@ def test_tasks_are_trained_on_in_the_prompts_they_are_evaluated_in(tmp_path: Pat
         read_examples(leaking_run(tmp_path, train=["boolq", "SVAMP"]))
 
 
+# --- in an evaluation -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run that trained on 3 of the 4 questions of boolq, unasked."""
+    config = leaking_run(tmp_path_factory.mktemp("seen"))
+    asked = config.evaluate.model_copy(update={"tasks": []})
+    execute(config.model_copy(update={"evaluate": asked}))
+    return Path(config.directory)
+
+
+def evaluated(tmp_path: Path, *args: str) -> tuple[str, dict[str, Any]]:
+    """Evaluate on boolq and the demo; return what was printed from the scores on, and results."""
+    command = ["evaluate", *args, "--no-base", "--max-new-tokens", "1", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    return result.output[result.output.index("(± standard error)") :], results
+
+
+def copied(run: Path, tmp_path: Path, **data: Any) -> Path:
+    """Copy a run, with other keys in the data of its config."""
+    shutil.copytree(run, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(values | {"data": values["data"] | data}))
+    return tmp_path / "copy"
+
+
+def tasks_and_data(run: Path, tasks: str = "boolq,demo") -> tuple[str, ...]:
+    return "--tasks", tasks, "--data-dir", str(run.parent.parent / "data")
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("options", "count", "of"),
+    [((), 3, 4), (("--limit", "2"), 2, 2), (("--split", "validation"), 2, 2)],
+)
+def test_an_evaluation_tells_what_was_trained_on(
+    trained: Path, tmp_path: Path, options: tuple[str, ...], count: int, of: int
+) -> None:
+    tasks = "boolq" if "--split" in options else "boolq,demo"
+    for adapter in (trained, trained / "adapter"):
+        out = tmp_path / adapter.name
+        text, results = evaluated(out, str(adapter), *tasks_and_data(trained, tasks), *options)
+        assert f"holds {count} of the {of} questions of boolq, for instance" in text
+        assert text.count("Note:") == 1
+        assert results["shared_with_training"] == {"boolq": {"adapter": count}}
+        assert results["tasks"]["boolq"]["adapter"]["n"] == of
+
+
+@quiet
+def test_an_evaluation_tells_nothing_where_nothing_is_shared(trained: Path, tmp_path: Path) -> None:
+    text, results = evaluated(tmp_path, str(trained), *tasks_and_data(trained, "demo"))
+    assert "Note:" not in text
+    assert set(results) == {"tasks"}
+    shutil.copytree(trained / "adapter", tmp_path / "alone")  # of no run that is known
+    text, _ = evaluated(tmp_path / "out", str(tmp_path / "alone"), *tasks_and_data(trained))
+    assert "Note:" not in text
+
+
+@quiet
+def test_an_evaluation_knows_what_each_run_left_out(trained: Path, tmp_path: Path) -> None:
+    run = copied(trained, tmp_path, leaks="drop")
+    path = run / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    for asked, counts in ((["boolq"], {"a": 3}), ([], {"a": 3, "b": 3})):
+        values["evaluate"]["tasks"] = asked
+        path.write_text(yaml.safe_dump(values))
+        adapters = (f"a={trained}", f"b={run}")
+        text, results = evaluated(tmp_path / str(len(asked)), *adapters, *tasks_and_data(trained))
+        assert results["shared_with_training"] == {"boolq": counts}
+        assert text.count("Note: the training data of") == len(counts)
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"data_dir": "/nowhere"}, "nowhere"),
+        ({"train": "gone.jsonl"}, "gone.jsonl"),
+        ({"streaming": True}, "it was streamed"),
+        ({"an_older_key": 1}, "an_older_key"),
+    ],
+)
+def test_an_evaluation_goes_on_where_training_data_cannot_be_read(
+    trained: Path, tmp_path: Path, data: dict[str, Any], says: str
+) -> None:
+    run = copied(trained, tmp_path, **data)
+    text, results = evaluated(tmp_path / "out", str(run), *tasks_and_data(trained))
+    (line,) = [line for line in text.splitlines() if "Note:" in line]
+    assert "not checked against what" in line
+    assert says in line
+    assert set(results) == {"tasks"}
+
+
+@quiet
+def test_a_wrong_row_that_is_not_evaluated_stops_nothing(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "boolq"
+    folder.mkdir(parents=True)
+    rows = json.loads((trained.parent.parent / "data" / "boolq" / "test.json").read_text())
+    (folder / "test.json").write_text(json.dumps([*rows, {"no": "row"}]))
+    args = (str(trained), "--tasks", "boolq", "--data-dir", str(tmp_path / "data"), "--limit", "2")
+    _, results = evaluated(tmp_path / "out", *args)
+    assert results["shared_with_training"] == {"boolq": {"adapter": 2}}
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("train", "test", "fewest", "most"),
@@ -220,3 +338,20 @@ def test_what_real_sets_share(train: str, test: str, fewest: int, most: int) -> 
     examples = [task.example(i) for i in range(task.num_examples)]
     leaks = find_leaks(training_examples([train], DATA), {test: examples})
     assert fewest <= len({leak.example for leak in leaks}) <= most
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("name", "count"), [("cola", 24), ("mrpc", 5), ("rte", 0), ("stsb", 6), ("sst2", 2)]
+)
+def test_what_sets_of_glue_share(name: str, count: int) -> None:
+    data = {"train": name, "data_dir": str(DATA / "glue"), "leaks": "allow"}
+    values = {"name": "run", "task_type": "seq_cls", "adapter": {"positions": "f3"}, "data": data}
+    notes = classify.read(parse_config(values, "glue")).notes
+    assert [f"holds {count} of the " in note for note in notes] == [True] * bool(count)
+    values["data"] = data | {"leaks": "refuse"}
+    if name == "cola":
+        with pytest.raises(DataError, match="holds 24 of the 1043"):
+            classify.read(parse_config(values, "glue"))
+    else:
+        classify.read(parse_config(values, "glue"))

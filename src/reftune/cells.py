@@ -37,6 +37,7 @@ from reftune.run import (
     RESULTS,
     Silent,
     execute,
+    same_training,
     settings_of,
     write_text,
 )
@@ -131,7 +132,9 @@ def changed_keys(config: RunConfig) -> list[str]:
     before = dict(_flat(settings_of(path)))
     now = dict(_flat(config.model_dump(mode="json")))
     ignored = _ANY | {f"{section}.{key}" for section, keys in MAY_DIFFER.items() for key in keys}
-    return sorted(k for k in now if k not in ignored and before.get(k, now[k]) != now[k])
+    return sorted(
+        k for k in now if k not in ignored and not same_training(k, before.get(k, now[k]), now[k])
+    )
 
 
 def _check_other_seeds(experiment: Experiment, earlier: Mapping[str, Mapping[str, Any]]) -> None:

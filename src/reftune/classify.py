@@ -34,10 +34,12 @@ from reftune.encoder import (
 )
 from reftune.errors import ReftConfigError, ReftuneError
 from reftune.methods import train_weights
+from reftune.prompts import Example
 from reftune.samples import Result
 from reftune.settings import RunConfig
 from reftune.tasks import glue
 from reftune.tasks.glue import GlueSet, Labelled
+from reftune.tasks.leaks import look_for_leaks
 from reftune.train import Selection, Trained, fit
 
 PREDICTIONS = "predictions"
@@ -46,12 +48,16 @@ PREDICTIONS = "predictions"
 @final
 @dataclass(frozen=True)
 class Sets:
-    """The rows of a run: to train on, to choose an epoch by (None: the last one), to score."""
+    """The rows of a run: to train on, to choose an epoch by (None: the last one), to score.
+
+    `notes` say which of the latter two are trained on.
+    """
 
     name: str
     train: list[Labelled]
     choosing: list[Labelled] | None
     scored: Mapping[str, list[Labelled]]
+    notes: Sequence[str] = ()
 
     @property
     def about(self) -> GlueSet:
@@ -77,7 +83,8 @@ def read(config: RunConfig) -> Sets:
 
     Raises:
         ReftConfigError: `data.train` is not one set of GLUE, or a setting does not fit it.
-        DataError: a file or a label is missing; names file and line.
+        DataError: a file or a label is missing; names file and line. Or rows that choose the epoch
+            or are scored are trained on, too, and `data.leaks` is "refuse".
     """
     glue.check_metrics_installed()
     names = [config.data.train] if isinstance(config.data.train, str) else config.data.train
@@ -88,6 +95,11 @@ def read(config: RunConfig) -> Sets:
     folder, limit = config.data.data_dir, config.evaluate.limit
     train = glue.load(name, ("train",), folder, config.data.limit)
     held = glue.load(name, about.validation, folder)
+    wanted = config.evaluate.tasks or [name, *about.more]
+    tests = {n: glue.load(name, s, folder) for n, s in about.more.items() if n in wanted}
+    if name in wanted or config.classify.protocol == "paper":
+        tests = {name: held} | tests
+    train, notes = _without_leaks(config, train, tests)
     for part, rows in (("training", train), ("validation", held)):
         if not rows:
             raise ReftConfigError(f"The {part} split of {name!r} has no rows.")
@@ -95,12 +107,8 @@ def read(config: RunConfig) -> Sets:
     if config.classify.protocol == "paper":
         by, rest = glue.divide(len(held), config.seed)
         choosing, scored = [held[i] for i in by], [held[i] for i in rest]
-    sets = {name: scored[:limit]}
-    wanted = config.evaluate.tasks or [name, *about.more]
-    for other, splits in about.more.items():
-        if other in wanted:
-            sets[other] = glue.load(name, splits, folder, limit)
-    return Sets(name, train, choosing, {n: rows for n, rows in sets.items() if n in wanted})
+    sets = {n: (scored if n == name else rows)[:limit] for n, rows in tests.items() if n in wanted}
+    return Sets(name, train, choosing, sets, notes)
 
 
 def load(config: RunConfig, about: GlueSet) -> Classifier:
@@ -176,6 +184,8 @@ def run(
     `report` makes of a training the part "train" of that. Raises as `reftune.run.execute`.
     """
     sets = read(config)
+    for note in sets.notes:
+        reporter.say(note)
     reporter.say(f"Loading {config.model}")
     classifier = load(config, sets.about)
     counts = count_parameters(classifier)
@@ -322,6 +332,19 @@ def _write_predictions(
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     os.replace(part, path)
+
+
+def _without_leaks(
+    config: RunConfig, train: list[Labelled], tests: Mapping[str, Sequence[Labelled]]
+) -> tuple[list[Labelled], list[str]]:
+    """Do for a classifier's rows, whole sets of them, what `sources.without_leaks` does."""
+
+    def examples(rows: Sequence[Labelled]) -> list[Example]:  # two texts are one question
+        return [Example("\n".join(row.texts), str(row.label), where=row.where) for row in rows]
+
+    questions = {name: examples(rows) for name, rows in tests.items()}
+    left_out, notes = look_for_leaks(examples(train), questions, config.data.leaks)
+    return [row for i, row in enumerate(train) if i not in left_out], notes
 
 
 def _check_settings(config: RunConfig, names: Sequence[str]) -> None:

@@ -229,13 +229,22 @@ def _check_same(config: RunConfig, earlier: Path) -> None:
     before, changed = settings_of(earlier), []
     for section, key, value in _decisive(config):
         there = (before.get(section) or {}) if section else before
-        if there.get(key, value) != value:
-            changed.append(f"{section}.{key}" if section else key)
+        name = f"{section}.{key}" if section else key
+        if not same_training(name, there.get(key, value), value):
+            changed.append(name)
     if changed:
         raise RunError(
             f"{earlier.parent} was started with other settings ({', '.join(changed)}), so it "
             "cannot be resumed with these. Use its own config.yaml, or another name."
         )
+
+
+def same_training(key: str, before: Any, now: Any) -> bool:
+    """Return whether a key's new value changes no number of a run that had another.
+
+    What "refuse" let through is what "allow" trains on.
+    """
+    return before == now or (key, before, now) == ("data.leaks", "refuse", "allow")
 
 
 def settings_of(earlier: Path) -> dict[str, Any]:

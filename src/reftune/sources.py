@@ -9,7 +9,7 @@ from typing import Any
 
 from reftune import demo
 from reftune.data import iter_examples, iter_rows
-from reftune.errors import ReftConfigError
+from reftune.errors import DataError, ReftConfigError
 from reftune.prompts import Example
 from reftune.settings import RunConfig
 from reftune.tasks import TASKS, Split, Task, get_task, template_of, training_examples
@@ -65,6 +65,19 @@ def without_leaks(config: RunConfig, train: Examples) -> tuple[Examples, list[st
     if not left_out:
         return train, notes
     return Examples(lambda: (e for i, e in enumerate(train) if i not in left_out)), notes
+
+
+def trained_on(config: RunConfig) -> Examples:
+    """Return what a run of this config was trained on, as far as it is there to be read again.
+
+    Rows that `data.heldout_fraction` set apart, or whose prompts were too long, are among them.
+    Raises DataError, ReftConfigError.
+    """
+    data = config.data
+    if data.streaming:
+        raise DataError("it was streamed.")
+    train = _examples(config, data.train, "train", data.limit)
+    return without_leaks(config, train)[0] if data.leaks == "drop" else train
 
 
 def tokenise(

@@ -44,17 +44,17 @@ def find_adapter(path: str | Path, largest: int | None = None) -> Path:
 
 def template_of(path: str | Path) -> str:
     """Return the template that a run's config (beside its adapter) names, else "auto"."""
-    return str(_run_config(path).get("data", {}).get("template", "auto"))
+    return str(run_config(path).get("data", {}).get("template", "auto"))
 
 
 def quantization_of(path: str | Path) -> str | None:
     """Return how a run's config (beside its adapter) says that its base was quantised."""
-    found = _run_config(path).get("quantization")
+    found = run_config(path).get("quantization")
     return None if found is None else str(found)
 
 
-def _run_config(path: str | Path) -> dict[str, Any]:
-    """Return a run's config; {} where there is none, or one that is not ours."""
+def run_config(path: str | Path) -> dict[str, Any]:
+    """Return the config in a run's directory, or beside an adapter; {} for none or another's."""
     for folder in (Path(path), Path(path).parent):
         if not (folder / CONFIG).is_file():
             continue

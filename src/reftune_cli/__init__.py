@@ -177,12 +177,12 @@ def evaluate(
         with ConsoleReporter() as reporter:
             if lm_eval is not None:
                 harness = (num_fewshot, chat_template, include_path)
-                found = evaluate_lm_eval(asked, reporter, *harness)
+                found, notes = evaluate_lm_eval(asked, reporter, *harness), list[str]()
             elif engine == "vllm":
-                found = evaluate_with_vllm(asked, reporter)
+                found, notes = evaluate_with_vllm(asked, reporter)
             else:
-                found = evaluate_with_hf(asked, reporter)
-        show_scores(found) if lm_eval is None else show_lm_eval(found)
+                found, notes = evaluate_with_hf(asked, reporter)
+        show_scores(found, notes) if lm_eval is None else show_lm_eval(found)
 
 
 @app.command()

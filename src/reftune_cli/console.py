@@ -131,8 +131,8 @@ def show_results(config: RunConfig, results: Mapping[str, Any]) -> None:
     out.print(f"\nEverything is in {config.directory}")
 
 
-def show_scores(tasks: Mapping[str, Any]) -> None:
-    """Print scores in per cent, with their standard errors."""
+def show_scores(tasks: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
+    """Print scores in per cent, with their standard errors, and below them notes, each a line."""
     if not tasks:
         return
     metrics = {score["metric"] for scores in tasks.values() for score in scores.values()}
@@ -146,6 +146,8 @@ def show_scores(tasks: Mapping[str, Any]) -> None:
         n = max(score["n"] for score in scores.values())
         table.add_row(name, str(n), *(format_score(scores.get(who)) for who in whos))
     out.print(table)
+    for note in notes:
+        out.print(escape(note), soft_wrap=True)
 
 
 def show_samples(config: RunConfig, task: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from reftune import alpaca_eval, evaluate
-from reftune.errors import ReftConfigError
+from reftune.errors import DataError, ReftConfigError
 from reftune.generate import HFEngine
 from reftune.records import is_finished
 from reftune.run import RESULTS, Reporter, find_adapter, load_adapter, write_text
+from reftune.seen import find_seen
 from reftune.tasks import Task, get_task
 from reftune_cli.chat import load_chat, named_adapter
 from reftune_cli.console import out
@@ -78,8 +80,12 @@ class Request:
 
     def run(
         self, tasks: Sequence[Task], engine: Any, reporter: Reporter, names: Sequence[str]
-    ) -> dict[str, Any]:
-        """Evaluate the adapters that an engine has under names, and write the results."""
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Evaluate the adapters that an engine has under names, and write the results.
+
+        Return them, and notes on questions that adapters were trained on.
+        """
+        seen, notes = self.look_for_seen(tasks)
         results = evaluate.run_all(
             tasks,
             engine,
@@ -90,8 +96,27 @@ class Request:
         )
         if self.folder:
             alpaca_eval.write_outputs(tasks, results, self.folder / "samples")
-        self.keep(RESULTS, results)
-        return results
+        self.keep(RESULTS, results, how={"shared_with_training": seen} if seen else None)
+        return results, notes
+
+    def look_for_seen(self, tasks: Sequence[Task]) -> tuple[dict[str, dict[str, int]], list[str]]:
+        """Return how many questions adapters were trained on, {task: {who: count}}, and notes."""
+        whole = tasks
+        if self.limit is not None:
+            with suppress(DataError):  # of a row that is not evaluated
+                split = self.how["split"]
+                whole = [get_task(task.name, self.data_dir, split) for task in tasks]
+        tests = {task.name: [task.example(i) for i in range(task.num_examples)] for task in whole}
+        counts = {task.name: task.num_examples for task in tasks}
+        pairs = [named_adapter(text) for text in self.adapters]
+        seen: dict[str, dict[str, int]] = {}
+        notes = []
+        for who, path in [("adapter", pairs[0][1])] if len(pairs) == 1 else pairs:
+            found, more = find_seen(path, tests, counts)
+            notes += more
+            for task, count in found.items():
+                seen.setdefault(task, {})[who] = count
+        return seen, notes
 
     def keep(
         self,
@@ -109,7 +134,7 @@ class Request:
             write_text(self.folder / name, text + "\n")
 
 
-def evaluate_with_hf(request: Request, reporter: Reporter) -> dict[str, Any]:
+def evaluate_with_hf(request: Request, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
     """Evaluate an adapter with transformers; or several of one base model, in one pass."""
     adapters, tasks = request.adapters, request.open_tasks()
     if len(adapters) == 1:
@@ -125,7 +150,7 @@ def evaluate_with_hf(request: Request, reporter: Reporter) -> dict[str, Any]:
     return request.run(tasks, engine, reporter, names)
 
 
-def evaluate_with_vllm(request: Request, reporter: Reporter) -> dict[str, Any]:
+def evaluate_with_vllm(request: Request, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
     """Evaluate adapters and their base with vLLM, all in one stream of batches."""
     from reftune.serve.engine import VLLMEngine
     from reftune.serve.launch import base_of

@@ -84,24 +84,34 @@ def look_for_leaks(
     """
     leaks = find_leaks(train, tests)
     notes = []
-    for name, examples in tests.items():
-        mine = [leak for leak in leaks if leak.test == name]
-        if not mine:
-            continue
-        count, first = len({leak.example for leak in mine}), mine[0]
-        test = examples[first.example]
-        shares = (
-            f"the training data holds {count} of the {len(examples)} questions of {name}, for "
-            f"instance {test.where or f'example {first.example}'} in "
-            f"{first.where or f'example {first.position}'}: {_text(test.prompt)[:120]!r}"
-        )
-        if wanted == "refuse" and count > TOLERATED * len(examples):
+    for name, (count, shares) in describe(leaks, tests).items():
+        if wanted == "refuse" and count > TOLERATED * len(tests[name]):
             raise DataError(
                 f"{shares}. A score would measure memory. Train on other data, evaluate other "
                 "tasks, or set data.leaks: drop (not to train on these) or allow."
             )
         notes.append(f"Note: {shares}" + (". It is not trained on." if wanted == "drop" else ""))
     return {leak.position for leak in leaks} if wanted == "drop" else set(), notes
+
+
+def describe(
+    leaks: Sequence[Leak], tests: Mapping[str, Sequence[Example]], whose: str = "the training data"
+) -> dict[str, tuple[int, str]]:
+    """Return, of each test set that shares any, how many examples do, and a clause that says so."""
+    found = {}
+    for name, examples in tests.items():
+        mine = [leak for leak in leaks if leak.test == name]
+        if not mine:
+            continue
+        count, first = len({leak.example for leak in mine}), mine[0]
+        test = examples[first.example]
+        clause = (
+            f"{whose} holds {count} of the {len(examples)} questions of {name}, for "
+            f"instance {test.where or f'example {first.example}'} in "
+            f"{first.where or f'example {first.position}'}: {_text(test.prompt)[:120]!r}"
+        )
+        found[name] = count, clause
+    return found
 
 
 def hold_out(
