@@ -11,6 +11,7 @@ is scored already is kept. The results go to benchmarks/results/NAME-likelihood.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import re
 import statistics
@@ -33,6 +34,7 @@ from reftune.tasks.commonsense import TRIGGER
 from training_peers.report import machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
+LONGEST = 2**20  # tokens: nothing is cut
 _OPTIONS = re.compile(r"Answer format: (\S+)")
 
 
@@ -49,7 +51,7 @@ def pairs_of(example: Example, tokenizer: Any, config: RunConfig) -> list[Pair]:
     pairs = []
     for option in options_of(example):
         row = Example(example.prompt, TRIGGER + option, example.fields, example.where)
-        ids = encode(row, tokenizer, "commonsense", config.data.max_length)
+        ids = encode(row, tokenizer, config.data.template, LONGEST)
         end = len(ids.input_ids) - (ids.input_ids[-1] == tokenizer.eos_token_id)
         n = ids.prompt_length
         pairs.append(Pair(tuple(ids.input_ids[:n]), tuple(ids.input_ids[n:end])))
@@ -84,7 +86,7 @@ def load(run: Path, config: RunConfig, *, base: bool) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else None
     if base:
         return load_model(config.model, config.dtype, device)
-    loaded = load_adapter(run, dtype=config.dtype, device=device)
+    loaded = load_adapter(run, base=config.model, dtype=config.dtype, device=device)
     return loaded.model, loaded.tokenizer
 
 
@@ -114,13 +116,16 @@ def main() -> None:
     parser.add_argument("experiment", type=Path, help="folder of finished runs")
     parser.add_argument("--data-dir", default="hub")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cells", nargs="+", default=["*"], help="names or patterns of runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     runs = sorted(path.parent for path in args.experiment.glob("*/results.json"))
     runs = [run for run in runs if (run / "config.yaml").is_file()]
+    runs = [run for run in runs if any(fnmatch.fnmatch(run.name, cell) for cell in args.cells)]
     if not runs:
-        raise SystemExit(f"{args.experiment} has no finished runs.")
-    path = RESULTS / f"{args.experiment.name}-likelihood.json"
+        raise SystemExit(f"{args.experiment} has no finished runs named {', '.join(args.cells)}.")
+    path = args.out / f"{args.experiment.name}-likelihood.json"
     kept = json.loads(path.read_text()) if path.is_file() else {"cells": {}}
     for run, base in [(runs[0], True), *((run, False) for run in runs)]:
         name = "base" if base else run.name

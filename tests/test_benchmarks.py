@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from peft import get_peft_model
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import commonsense_likelihood
 import generation
 import generation_arms
 import measure
 import scaling
+from reftune import ReftConfig
+from reftune.models import load_model
+from reftune.prompts import encode_prompt
+from runs import tiny_run
 from tiny import tiny_llama, tiny_tokenizer
 
 HEAD = {"settings": {"threads": 2}, "versions": {"torch": "2"}}
@@ -215,3 +222,65 @@ def test_a_point_is_a_training_run(monkeypatch):
     assert sent[0]["milliseconds"] > 0
     assert sent[0]["first_step_seconds"] > 0
     assert sent[0]["mebibytes"] >= 0
+
+
+# --- commonsense by likelihood --------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_the_most_probable_option_is_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run and its base, by the model's probabilities; what is there is not scored again."""
+    rows = [
+        {"instruction": f"is it {c}?\n\nAnswer format: true/false", "answer": answer}
+        for c, answer in zip("abcd", ["true", "false", "true", "true"], strict=True)
+    ]
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq/test.json").write_text(json.dumps(rows))
+    config = tiny_run(
+        tmp_path,
+        data={"template": "commonsense"},
+        train={"max_steps": 1},
+        evaluate={"tasks": ["boolq"], "limit": 3},
+    )
+    (config.directory / "adapter").mkdir(parents=True)
+    (config.directory / "results.json").write_text("{}")
+    (config.directory / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    torch.manual_seed(0)
+    tuned = get_peft_model(tiny_llama(), ReftConfig(task_type="CAUSAL_LM", layers="all", r=2))
+    tuned.save_pretrained(str(config.directory / "adapter"))
+    arguments = [str(config.directory.parent), "--data-dir", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["commonsense_likelihood.py", *arguments])
+    commonsense_likelihood.main()
+    kept = json.loads((tmp_path / "runs-likelihood.json").read_text())["cells"]
+    assert list(kept) == ["base", "run"]
+    model, tokenizer = load_model(config.model)
+    expected = []
+    for row in rows[:3]:
+        prompt = encode_prompt(row["instruction"], tokenizer, "commonsense")
+        scores = {}
+        for option in ("true", "false"):
+            text = f"the correct answer is {option}"
+            answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + answer])
+            with torch.no_grad():
+                logprobs = model.eval()(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+            scores[option] = logprobs.gather(-1, ids[0, len(prompt) :, None]).sum().item()
+        expected.append(int(max(scores, key=scores.__getitem__) == row["answer"]))
+    assert kept["base"]["right"] == {"boolq": expected}
+    assert "base (1): boolq" in capsys.readouterr().out
+    monkeypatch.setattr(commonsense_likelihood, "score", None)
+    commonsense_likelihood.main()
+
+
+def test_a_table_is_of_methods_over_seeds() -> None:
+    cells = {
+        "base": {"right": {"a": [0, 0], "b": [1, 0]}},
+        "loreft-s1": {"right": {"a": [1, 0], "b": [1, 1]}},
+        "loreft-s2": {"right": {"a": [1, 1], "b": [1, 1]}},
+    }
+    assert commonsense_likelihood.table(cells) == [
+        "base (1): a 0.0, b 50.0, average 25.0",
+        "loreft (2): a 75.0 ± 35.4, b 100.0 ± 0.0, average 87.5 ± 17.7",
+    ]
