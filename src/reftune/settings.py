@@ -293,9 +293,9 @@ def _describe(
         yield f"{prefix}{name}", _type_name(annotation), default, field.description or ""
 
 
-def keys_ending(name: str) -> list[str]:
-    """Return the keys of a run, of whatever method, that end in `name`: of "r", "adapter.r"."""
-    rows = (row for method in ("loreft", *BASELINES) for row in describe(method))
+def keys_ending(name: str, methods: Sequence[str] = ("loreft", *BASELINES)) -> list[str]:
+    """Return the keys of runs of these methods that end in `name`: of "r", "adapter.r"."""
+    rows = (row for method in methods for row in describe(method))
     return list(dict.fromkeys(key for key, *_ in rows if key.rpartition(".")[2] == name))
 
 
@@ -347,7 +347,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
         keys = [row[0] for row in describe(method)]
         key = ".".join(place)
         if problem["type"] == "extra_forbidden":
-            same = " or ".join(repr(k) for k in keys if k.rpartition(".")[2] == place[-1])
+            same = " or ".join(map(repr, keys_ending(place[-1], [method])))
             near = (
                 (f" Did you mean {same}?" if same else "")
                 or did_you_mean(key, keys)

@@ -48,19 +48,25 @@ TOLERANCE: Final = 1e-3
 GSM8K_VALIDATION: Final = 300  # the paper's: the last rows of the training set
 
 _NUMBER: Final = re.compile(r"-?\d+\.?\d*")
-_GREEDY: Final = Sampling(max_new_tokens=512)
-_SAMPLED: Final = Sampling(
-    max_new_tokens=512, temperature=0.3, top_p=0.75, top_k=40, num_beams=4, seed=PAPER_SEED
-)
+
+
+class _LLMAdaptersTask(FamilyTask):
+    """A set in LLM-Adapters' layout, whatever its answers are."""
+
+    template: ClassVar[TemplateName] = "alpaca"
+    greedy: ClassVar[Sampling] = Sampling(max_new_tokens=512)
+    sampled: ClassVar[Sampling | None] = Sampling(
+        max_new_tokens=512, temperature=0.3, top_p=0.75, top_k=40, num_beams=4, seed=PAPER_SEED
+    )
+
+    def gold(self, example: Example) -> str:
+        """Return the row's answer: a number as text, or a letter."""
+        return str(example.fields["answer"]).strip()
 
 
 @final
-class ArithmeticTask(FamilyTask):
+class ArithmeticTask(_LLMAdaptersTask):
     """A set in LLM-Adapters' layout whose answers are numbers."""
-
-    template: ClassVar[TemplateName] = "alpaca"
-    greedy: ClassVar[Sampling] = _GREEDY
-    sampled: ClassVar[Sampling | None] = _SAMPLED
 
     def _load(self, data_dir: str | Path | None, split: Split, limit: int | None) -> list[Example]:
         return load_examples(
@@ -72,10 +78,6 @@ class ArithmeticTask(FamilyTask):
             GSM8K_VALIDATION if self.name == "gsm8k" else None,
         )
 
-    def gold(self, example: Example) -> str:
-        """Return the row's answer: a number as text."""
-        return str(example.fields["answer"]).strip()
-
     def extract(self, text: str) -> str:
         """Return the last number, commas deleted; '' without any."""
         return last_number(text)
@@ -86,15 +88,11 @@ class ArithmeticTask(FamilyTask):
 
 
 @final
-class AquaTask(FamilyTask):
+class AquaTask(_LLMAdaptersTask):
     """AQuA in LLM-Adapters' layout: answers are the letters of its options.
 
     A class of its own, since it alone can be decided early: to ask costs time at every token.
     """
-
-    template: ClassVar[TemplateName] = "alpaca"
-    greedy: ClassVar[Sampling] = _GREEDY
-    sampled: ClassVar[Sampling | None] = _SAMPLED
 
     def _load(self, data_dir: str | Path | None, split: Split, limit: int | None) -> list[Example]:
         accepted = f"one of {', '.join(AQUA_LETTERS)}"
@@ -105,10 +103,6 @@ class AquaTask(FamilyTask):
             limit,
             lambda row: _example(self.name, row, AQUA_LETTERS.__contains__, accepted),
         )
-
-    def gold(self, example: Example) -> str:
-        """Return the row's answer: a letter."""
-        return str(example.fields["answer"]).strip()
 
     def extract(self, text: str) -> str:
         """Return the first letter; '' without any."""
