@@ -231,7 +231,7 @@ def test_a_point_is_a_training_run(monkeypatch):
 def test_the_most_probable_option_is_the_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a run and its base, by the model's probabilities; what is there is not scored again."""
+    """Of a run and its base, by the model's probabilities; scored again only with other rows."""
     rows = [
         {"instruction": f"is it {c}?\n\nAnswer format: true/false", "answer": answer}
         for c, answer in zip("abcd", ["true", "false", "true", "true"], strict=True)
@@ -250,10 +250,11 @@ def test_the_most_probable_option_is_the_answer(
     torch.manual_seed(0)
     tuned = get_peft_model(tiny_llama(), ReftConfig(task_type="CAUSAL_LM", layers="all", r=2))
     tuned.save_pretrained(str(config.directory / "adapter"))
-    arguments = [str(config.directory.parent), "--data-dir", str(tmp_path), "--out", str(tmp_path)]
+    out = tmp_path / "new folder"
+    arguments = [str(config.directory.parent), "--data-dir", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["commonsense_likelihood.py", *arguments])
     commonsense_likelihood.main()
-    kept = json.loads((tmp_path / "runs-likelihood.json").read_text())["cells"]
+    kept = json.loads((out / "runs-likelihood.json").read_text())["cells"]
     assert list(kept) == ["base", "run"]
     model, tokenizer = load_model(config.model)
     expected = []
@@ -270,8 +271,36 @@ def test_the_most_probable_option_is_the_answer(
         expected.append(int(max(scores, key=scores.__getitem__) == row["answer"]))
     assert kept["base"]["right"] == {"boolq": expected}
     assert "base (1): boolq" in capsys.readouterr().out
-    monkeypatch.setattr(commonsense_likelihood, "score", None)
+    with monkeypatch.context() as scored:
+        scored.setattr(commonsense_likelihood, "score", None)
+        commonsense_likelihood.main()
+    (tmp_path / "boolq/test.json").write_text(json.dumps(rows[::-1]))
     commonsense_likelihood.main()
+    again = json.loads((out / "runs-likelihood.json").read_text())["cells"]
+    assert again["run"]["of"]["rows"] != kept["run"]["of"]["rows"]
+    assert again["run"]["of"]["model"] == kept["run"]["of"]["model"]
+
+
+def test_options_that_are_level_share_the_point() -> None:
+    """None is preferred for its name or its place."""
+    best = commonsense_likelihood.best_of(["true", "false", "maybe"], [-1.0, -1.0, -2.0])
+    assert best == ["true", "false"]
+    points = [commonsense_likelihood.point(best, gold) for gold in ("true", "false", "maybe")]
+    assert points == [0.5, 0.5, 0]
+
+
+def test_a_head_in_float32_tells_apart_what_16_bits_do_not() -> None:
+    model = tiny_llama().to(torch.bfloat16).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        coarse = model(ids).logits[0, -1]
+        embedded = model.get_input_embeddings()(ids)
+        commonsense_likelihood.with_float32_head(model)
+        fine = model(ids).logits[0, -1]
+    assert (fine.dtype, coarse.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(fine, coarse.float(), atol=1e-2, rtol=1e-2)
+    assert len(fine.unique()) == len(fine) > len(coarse.unique())
+    assert torch.equal(model.get_input_embeddings()(ids), embedded), "the input's are untouched"
 
 
 def test_a_table_is_of_methods_over_seeds() -> None:
