@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from typer.testing import CliRunner
 
 import reftune
@@ -263,6 +263,63 @@ def test_the_command_line_evaluates_several_adapters(tmp_path):
     found = CliRunner().invoke(app, command)
     assert found.exit_code == 1
     assert "one base model" in found.output
+
+
+def test_a_folder_keeps_its_other_tasks_and_adapters_and_the_base_is_evaluated_once(tmp_path):
+    for name, n in (("boolq", N), ("piqa", 3)):
+        write_set(tmp_path / "data", name, "test", n)
+    model = adapted("one", "two")
+    for name, adapter in model.peft_config.items():
+        adapter.base_model_name_or_path = str(tiny_model_directory(tmp_path))
+        model.save_pretrained(str(tmp_path), selected_adapters=[name], save_embedding_layers=False)
+    out = tmp_path / "out"
+
+    def evaluated(adapter: str, tasks: str) -> dict[str, list[str]]:
+        where = ["--data-dir", str(tmp_path / "data"), "--dtype", "float32", "--out", str(out)]
+        found = CliRunner().invoke(app, ["evaluate", adapter, "--tasks", tasks, *where])
+        assert found.exit_code == 0, found.output
+        results = json.loads((out / "results.json").read_text())["tasks"]
+        return {task: list(scores) for task, scores in results.items()}
+
+    assert evaluated(f"a={tmp_path / 'one'}", "boolq") == {"boolq": ["base", "a"]}
+    base = (out / "samples/base/boolq.jsonl").read_bytes()
+    assert evaluated(f"b={tmp_path / 'two'}", "boolq") == {"boolq": ["base", "a", "b"]}
+    assert (out / "samples/base/boolq.jsonl").read_bytes() == base
+    found = evaluated(f"b={tmp_path / 'two'}", "piqa")
+    assert found == {"boolq": ["base", "a", "b"], "piqa": ["base", "b"]}
+    # A name that is another adapter's now: what the former had stands there no longer.
+    assert evaluated(f"b={tmp_path / 'one'}", "demo")["boolq"] == ["base", "a"]
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+def test_the_base_of_any_method_is_known_as_such(task, tmp_path, method):
+    """Other weights of the adapter leave the base what it is."""
+    kinds = {
+        "lora": LoraConfig(task_type="CAUSAL_LM"),
+        "prompt_tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    }
+    headers = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = get_peft_model(tiny_llama(), kinds[method]).eval()
+        with torch.no_grad():
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p.add_(seed)
+        engine = HFEngine(model, TOKENIZER, 4)
+        how = {"base": True, "samples": tmp_path / str(seed), "progress": lambda *a: None}
+        run_all([task], engine, **how)
+        paths = [tmp_path / str(seed) / who / "boolq.jsonl" for who in ("base", "adapter")]
+        headers.append([json.loads(p.read_text().splitlines()[0])["model"] for p in paths])
+    assert headers[0][0] == headers[1][0]
+    assert len({headers[0][0], headers[0][1], headers[1][1]}) == 3
+
+
+def test_options_of_lm_eval_are_not_ignored_beside_tasks():
+    for option in (["--num-fewshot", "2"], ["--chat-template"], ["--include-path", "there"]):
+        found = CliRunner().invoke(app, ["evaluate", "a", "--tasks", "demo", *option])
+        assert found.exit_code == 1
+        assert "are for --lm-eval" in " ".join(found.output.split())
 
 
 class Digits:

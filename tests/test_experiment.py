@@ -19,7 +19,7 @@ from reftune import cells as cells_module
 from reftune.base_model import base_scores
 from reftune.callbacks import Progress
 from reftune.cells import Outcome, run_cells
-from reftune.errors import ReftConfigError, RunError, RunInterrupted
+from reftune.errors import ReftConfigError, ReftuneError, RunError, RunInterrupted
 from reftune.experiment import Cell, Experiment, load_experiment
 from reftune.generate import HFEngine
 from reftune.run import Silent, execute
@@ -128,6 +128,10 @@ def test_overrides_win_over_variants_but_not_silently_over_the_grid(tmp_path: Pa
         ({"grid": {"batch_size": [4]}}, "may be train.batch_size or evaluate.batch_size"),
         ({"grid": {"train.r": [4]}}, "no key 'train.r'. Did you mean 'adapter.r'?"),
         ({"grid": [{"adapter.r": 4}, {"adapter.r": 4}]}, "two cells"),
+        ({"grid": [{"r": 4, "adapter.r": 8}]}, "grid has adapter.r twice: adapter.r, r"),
+        ({"grid": {4: [1]}}, "no key '4'"),
+        ({"methodes": {}}, "no key 'methodes'.*Did you mean 'methods'?"),
+        ({"seeds": [1, 2, 1]}, "seeds has 1 more than once"),
         ({"seeds": []}, "seeds is"),
         ({"name": "a b"}, "name is 'a b'"),
     ],
@@ -193,6 +197,28 @@ def test_a_failed_cell_is_recorded_and_does_not_stop_the_rest(tmp_path: Path) ->
     code, output = invoke("experiment", str(path), "--dry-run")
     assert code == 0
     assert "pending" in output
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"data": {"train": "gone.jsonl"}}, "gone.jsonl"),
+        ({"evaluate": {"tasks": ["sst2"]}}, "Did you mean 'words/sst2'?"),
+    ],
+)
+def test_what_is_wrong_with_all_data_stops_the_experiment_before_its_base_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr(cells_module, "base_scores", lambda *_: pytest.fail("is evaluated"))
+    values = yaml.safe_load(write(tmp_path).read_text())
+    changed = {section: values[section] | more for section, more in keys.items()}
+    path = write(tmp_path, methods=TWO, **changed)
+    with pytest.raises(ReftuneError, match=says):
+        run_cells(load_experiment(path, seeds=[1, 2]))
+    monkeypatch.undo()
+    methods = TWO | {"odd": {key: {**changed[key]} for key in keys}}
+    outcomes = run_cells(load_experiment(write(tmp_path, "some", methods=methods)))
+    assert [o.status for o in outcomes] == ["done", "done", "failed"], "some can be run"
 
 
 class InterruptAt(Silent):
@@ -509,6 +535,18 @@ def test_the_verb_lists_and_runs_and_names_wrong_seeds(tmp_path: Path) -> None:
     code, output = invoke("experiment", str(path), "train.max_steps=1", "--seeds", "1")
     assert code == 0, output
     assert "2 of 2 cells" in output
+    code, output = invoke(
+        *("experiment", str(path), "train.max_steps=1", "--seeds", "1,2", "--only", "lora*, *-s3")
+    )
+    assert code == 0, output
+    assert "2 of 2 cells" in output
+    assert read_cells(load_experiment(path))[-1]["cell"] == "loreft-s1", "stays listed"
+    code, output = invoke("experiment", str(path), "--only", "lore")
+    assert code == 1
+    assert "there are loreft-s42, lora-s42" in output
+    code, output = invoke("train", str(path))
+    assert code == 1
+    assert f"reftune experiment {path}" in output
     code, output = invoke("experiment", str(path), "--seeds", "one")
     assert code == 1
     assert "42,43,44" in output

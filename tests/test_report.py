@@ -465,6 +465,12 @@ def test_a_run_is_exported_in_the_schema_of_pefts_comparison(experiment: Path) -
     assert last["train loss"] == pytest.approx(statistics.fmean([2, 1, 2 / 3, 0.5]))
     assert {"train loss", "train samples", "train total tokens"} <= set(last)
     assert entry["run_info"]["peft_config"]["peft_type"] == "REFT"
+    log = [{"step": 1, "loss": 8.0, "learning_rate": 1e-3}]
+    log += [{"step": 4, "loss": 2.0, "learning_rate": 1e-3}]  # the mean of three steps
+    path = experiment / "loreft-s1" / "log.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in log))
+    last = method_comparison(read(experiment).runs[0])["train_info"]["metrics"][-1]
+    assert last["train loss"] == pytest.approx((8 + 3 * 2) / 4)
 
 
 @pytest.mark.parametrize(

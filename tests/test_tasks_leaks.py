@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from reftune import classify
+from reftune import classify, seen
 from reftune.errors import DataError
 from reftune.prompts import Example, Instruction, Message, Prompt
 from reftune.run import execute
@@ -281,6 +281,19 @@ def test_an_evaluation_knows_what_each_run_left_out(trained: Path, tmp_path: Pat
         text, results = evaluated(tmp_path / str(len(asked)), *adapters, *tasks_and_data(trained))
         assert results["shared_with_training"] == {"boolq": counts}
         assert text.count("Note: the training data of") == len(counts)
+
+
+@quiet
+def test_runs_of_the_same_data_are_searched_once(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+    whole = seen.trained_on
+    monkeypatch.setattr(seen, "trained_on", lambda c: searched.append(c) or whole(c))
+    adapters = (f"a={trained}", f"b={trained}", f"c={copied(trained, tmp_path, limit=1000)}")
+    _, results = evaluated(tmp_path, *adapters, *tasks_and_data(trained))
+    assert results["shared_with_training"] == {"boolq": {"a": 3, "b": 3, "c": 3}}
+    assert len(searched) == 2
 
 
 @quiet

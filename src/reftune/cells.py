@@ -28,7 +28,7 @@ import torch
 
 from reftune.base_model import Scores, base_scores, share_base_samples
 from reftune.callbacks import CHECKPOINTS, Reporter, last_checkpoint
-from reftune.errors import RunError, RunInterrupted
+from reftune.errors import ReftuneError, RunError, RunInterrupted
 from reftune.experiment import Cell, Experiment, Point
 from reftune.run import (
     CONFIG,
@@ -42,7 +42,7 @@ from reftune.run import (
     write_text,
 )
 from reftune.settings import RunConfig
-from reftune.sources import choosing_data
+from reftune.sources import check_data, choosing_data
 from reftune.workers import end_with_parent, seeing_one_gpu, usable_cpus
 
 CELLS = "cells.jsonl"
@@ -71,6 +71,7 @@ def run_cells(
 
     Raises:
         RunError: a finished cell's directory was run with other settings.
+        DataError, ReftConfigError: no cell's data can be read, or trained on as is asked.
         RunInterrupted: Ctrl-C; what runs has been saved, and the same command goes on.
     """
     reporter = reporter or Silent()
@@ -81,6 +82,7 @@ def run_cells(
     }
     write_cells(experiment, outcomes.values())
     todo = [cell for cell in experiment.cells if outcomes[cell.name].status != "done"]
+    _check_data(todo)
     for cell in experiment.cells:
         if cell not in todo:
             reporter.say(f"{cell.name}: is finished")
@@ -102,6 +104,25 @@ def run_cells(
             "from there."
         ) from None
     return [outcomes[cell.name] for cell in experiment.cells]
+
+
+def _check_data(cells: Sequence[Cell]) -> None:
+    """Raise what is wrong with the data of every cell, before the base model is evaluated.
+
+    Where some cells can be run, the others' errors are theirs.
+    """
+    configs = {}
+    for cell in cells:
+        values = cell.config.model_dump(mode="json")
+        configs[json.dumps([values["data"], values["evaluate"]])] = cell.config
+    errors: list[ReftuneError] = []
+    for config in configs.values():
+        try:
+            check_data(config)
+        except ReftuneError as error:
+            errors.append(error)
+    if errors and len(errors) == len(configs):
+        raise errors[0]
 
 
 def status_of(cell: Cell) -> Outcome:

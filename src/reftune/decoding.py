@@ -252,7 +252,8 @@ def fingerprint_of(model: PreTrainedModel | PeftModel, adapter: str | None) -> s
     weights: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
     if not isinstance(model, PeftModel):
         return f"{_architecture(model)} weights={_digest(weights)}"
-    marks = (model.base_model.prefix, ".modules_to_save.")
+    # Virtual tokens wrap no module, so that the base model has no tuner's prefix there.
+    marks = (getattr(model.base_model, "prefix", "prompt_encoder."), ".modules_to_save.")
     base = [(name, p) for name, p in weights if not any(mark in name for mark in marks)]
     identity = f"{_architecture(model)} base={_digest(base)}"
     if adapter is None:

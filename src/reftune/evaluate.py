@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, final, runtime_checkable
 
+from peft import PeftModel
+
 from reftune.errors import ReftConfigError, RunError
 from reftune.generate import AdapterEngine, Completion, Engine, HFEngine
 from reftune.methods import as_base
@@ -80,7 +82,19 @@ def run(
     n = _count(task, limit)
     names = _adapter_per_example(adapters, n)
     path = None if samples_path is None else Path(samples_path)
-    with _opened(task, engine, n, {"": (names, engine.identity, path)}) as jobs:
+    return _run(task, engine, n, names, engine.identity, path, progress)
+
+
+def _run(
+    task: Task,
+    engine: Engine,
+    n: int,
+    names: list[str | None] | None,
+    identity: str,
+    path: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> Result:
+    with _opened(task, engine, n, {"": (names, identity, path)}) as jobs:
         _evaluate(task, engine, n, jobs, progress)
     return result_of(task.name, task.metric, jobs[0].in_order(n))
 
@@ -123,15 +137,16 @@ def run_all(
     samples: Path | None,
     progress: Callable[[str, int, int], None],
     adapters: Sequence[str] = (),
+    active: str = "adapter",
 ) -> dict[str, dict[str, Any]]:
     """Evaluate tasks with adapters, and with the `base` model: {task: {who: result}}.
 
-    Without names in `adapters` the active one of an HFEngine acts, and its who is "adapter". Named
+    Without names in `adapters` the active one of an HFEngine acts, and its who is `active`. Named
     ones are evaluated in one pass, and each is its own who. Generations go to
-    `samples`/WHO/TASK.jsonl, from which a killed evaluation goes on. `progress(what, done, total)`
-    is called after every example.
+    `samples`/WHO/TASK.jsonl, from which a killed evaluation goes on; those of the base do so beside
+    any adapter. `progress(what, done, total)` is called after every example.
     """
-    if "base" in adapters:
+    if "base" in [*adapters, active]:
         raise ReftConfigError("an adapter named 'base' would be taken for the base: rename it.")
     results: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
     for task in tasks:
@@ -143,11 +158,14 @@ def run_all(
             results[task.name] = {who: dataclasses.asdict(r) for who, r in found.items()}
             continue
         assert isinstance(engine, HFEngine), "name the adapters of another engine"
-        for who in [*whos, "adapter"]:
+        for who in [*whos, active]:
             path = samples / who / f"{task.name}.jsonl" if samples else None
             tell = functools.partial(progress, f"{task.name}, {who}")
             with as_base(engine.model) if who == "base" else nullcontext():
-                result = run(task, engine, samples_path=path, progress=tell)
+                # A PeftModel whose adapters are off still has them among its weights.
+                switched_off = who == "base" and isinstance(engine.model, PeftModel)
+                identity = engine.identity_of(None) if switched_off else engine.identity
+                result = _run(task, engine, _count(task, None), None, identity, path, tell)
             results[task.name][who] = dataclasses.asdict(result)
     return results
 
@@ -315,11 +333,11 @@ def _check_samples(
         if sample.adapter != job.adapter(sample.index):
             raise RunError(
                 f"{path}: example {sample.index} was generated with adapter {sample.adapter!r}, "
-                f"now it is {job.adapter(sample.index)!r}. Give another samples path, or remove "
+                f"now it is {job.adapter(sample.index)!r}. Give another folder, or remove "
                 "the file."
             )
         if sample.prompt != _prompt_text(task.example(sample.index), engine, task):
             raise RunError(
                 f"{path}: example {sample.index} had another prompt ({sample.where}); the data "
-                "changed. Give another samples path, or remove the file."
+                "changed. Give another folder, or remove the file."
             )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    grid: dict[str, list[Any]] | list[dict[str, Any]] = Field(default_factory=dict)
+    grid: Any = Field(default_factory=dict)  # looked at by _points
     seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
     keep_checkpoints: bool = False
 
@@ -101,6 +102,13 @@ def load_experiment(
             apply_override(values, text)
     if any(text.startswith("seed=") for text in shared):
         raise ReftConfigError("An experiment has several seeds; give --seeds 42,43,44, not seed=.")
+    unknown = [str(key) for key in values if key not in own and key not in RunConfig.model_fields]
+    if unknown:
+        known = [*Plan.model_fields, *RunConfig.model_fields]
+        raise ReftConfigError(
+            f"{path}: there is no key {unknown[0]!r}; an experiment has those of a run, and "
+            f"{', '.join(Plan.model_fields)}." + did_you_mean(unknown[0], known)
+        )
     given = {"seeds": [values["seed"]]} if "seed" in values else {}
     plan = _plan(given | {key: values.pop(key) for key in own & set(values)}, str(path))
     name = _text(values, "name", str(path), overrides)
@@ -111,6 +119,8 @@ def load_experiment(
         for point in _points(changes.get("grid", plan.grid), changed, str(path))
         for seed in (seeds or plan.seeds)
     ]
+    if twice := [s for s, count in Counter(seeds or plan.seeds).items() if count > 1]:
+        raise ReftConfigError(f"{path}: seeds has {twice[0]} more than once.")
     _check_names([cell.name for cell in cells], str(path))
     directory = cells[0].config.directory.parent
     return Experiment(name, directory, tuple(cells), plan.keep_checkpoints, str(path))
@@ -165,7 +175,13 @@ def _points(grid: Any, overridden: set[str], where: str) -> Iterator[Point]:
         points = grid or [{}]
     else:
         raise ReftConfigError(f"{where}: grid is {grid!r}; accepted are keys with lists of values.")
-    points = [{_whole(key, where): value for key, value in point.items()} for point in points]
+    for point in points:
+        named = [_whole(str(key), where) for key in point]
+        if twice := {key for key in named if named.count(key) > 1}:
+            raise ReftConfigError(
+                f"{where}: grid has {', '.join(twice)} twice: {', '.join(point)}."
+            )
+    points = [{_whole(str(key), where): value for key, value in point.items()} for point in points]
     for point in points:
         # "adapter={...}" would undo "adapter.r" without a word
         both = {o for o in overridden for key in point if f"{key}.".startswith(f"{o}.")}
@@ -246,7 +262,7 @@ def _text(values: Mapping[str, Any], key: str, where: str, overrides: Sequence[s
 
 
 def _check_names(names: Sequence[str], where: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ReftConfigError(f"{where}: two cells would be named {twice[0]!r}; name them apart.")
 

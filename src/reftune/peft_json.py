@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reftune.callbacks import mean_loss
 from reftune.cells import CELLS
 from reftune.errors import RunError
 from reftune.methods import WEIGHT_METHODS
@@ -102,11 +103,16 @@ def _metrics(record: Record) -> list[dict[str, Any]]:
         for row in record.log()
     ]
     tasks = _accuracies(record)
-    late = [m["train loss"] for m in metrics if m["step"] > trained["steps"] - EVAL_STEPS]
+    late = [row for row in record.log() if row["step"] > trained["steps"] - EVAL_STEPS]
+    start = (
+        max((m["step"] for m in metrics if m["step"] < late[0]["step"]), default=0) if late else 0
+    )
     last = {
         "step": trained["steps"],
         "test accuracy": statistics.fmean(tasks.values()),
-        "train loss": statistics.fmean(late) if late else trained["loss"],
+        "train loss": mean_loss([row | {"step": row["step"] - start} for row in late])
+        if late
+        else trained["loss"],
         "train samples": trained["steps"] * batch,
         "train total tokens": round(trained["tokens_per_second"] * trained["seconds"]),
     }

@@ -181,7 +181,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Sample], int]:
     if not data.startswith(START[: len(data)]):  # before a torn line is cut off someone else's file
         raise RunError(
             f"{path} is not a samples file of reftune: it begins with {data[:40]!r}. "
-            "Give another samples path."
+            "Give another folder."
         )
     whole = data.rfind(b"\n") + 1
     header: dict[str, Any] | None = None
@@ -196,9 +196,17 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Sample], int]:
         except (ValueError, TypeError) as error:
             raise RunError(
                 f"{path}, line {number} is not a {'header' if number == 1 else 'sample'} of "
-                f"reftune: {line[:60]!r}. Give another samples path, or remove the file."
+                f"reftune: {line[:60]!r}. Give another folder, or remove the file."
             ) from error
     return header, samples, whole
+
+
+def model_of(path: Path) -> str | None:
+    """Return which model and adapter wrote a samples file; None where there is none."""
+    if not path.is_file():
+        return None
+    header, _, _ = _read(path)
+    return None if header is None else str(header["model"])
 
 
 def _check_header(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -206,6 +214,6 @@ def _check_header(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
     if keys:
         differences = "; ".join(f"{k}: {found.get(k)!r}, now {wanted[k]!r}" for k in keys)
         raise RunError(
-            f"{path} belongs to another evaluation ({differences}). Give another samples path, "
+            f"{path} belongs to another evaluation ({differences}). Give another folder, "
             "or remove the file."
         )

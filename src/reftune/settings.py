@@ -203,6 +203,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = read_yaml(path)
     for override in overrides:
         apply_override(values, override)
+    if found := [key for key in ("methods", "grid", "seeds") if key in values]:
+        raise ReftConfigError(
+            f"{path} has {' and '.join(found)}: it is an experiment of several runs. Run it by: "
+            f"reftune experiment {path}"
+        )
     return parse_config(values, str(path))
 
 

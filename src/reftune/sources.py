@@ -38,6 +38,13 @@ def read_examples(config: RunConfig) -> tuple[Examples, Examples | None]:
     return train, heldout
 
 
+def check_data(config: RunConfig) -> None:
+    """Raise DataError or ReftConfigError for what is wrong with the data of a run of prompts."""
+    if config.task_type == "causal_lm":
+        tasks_of(config)
+        without_leaks(config, read_examples(config)[0])
+
+
 def tasks_of(config: RunConfig) -> list[Task]:
     """Return the tasks that are evaluated. Raises ReftConfigError, DataError."""
     wanted, data_dir = config.evaluate, config.data.data_dir

@@ -95,13 +95,16 @@ def experiment(
         int,
         typer.Option(help="cells at a time, each on a GPU of its own if there are so many", min=1),
     ] = 1,
+    only: Annotated[
+        str | None, typer.Option(help="names or patterns of cells: 'lora*,*-s42'")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the cells")] = False,
 ) -> None:
     """Train and evaluate methods, settings and seeds; finished cells are not run again."""
     with reported_errors():
         from reftune_cli.experiments import open_experiment, run_and_show, show_cells
 
-        found = open_experiment(config, overrides or [], seeds, data_dir)
+        found = open_experiment(config, overrides or [], seeds, data_dir, only)
         if dry_run:
             show_cells(found)
         elif not run_and_show(found, jobs):
@@ -133,7 +136,9 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="task names with commas between: boolq,ARC-Easy")
     ] = None,
-    data_dir: Annotated[str, typer.Option(help="folder of task data, or hub")] = ".",
+    data_dir: Annotated[
+        str | None, typer.Option(help="folder of task data, or hub; default: the run's, or here")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="first so many examples", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="prompts per batch", min=1)] = 16,
     base: Annotated[bool, typer.Option(help="also evaluate the base model")] = True,
@@ -145,7 +150,7 @@ def evaluate(
     engine: Annotated[
         str, typer.Option(help="what generates: hf or vllm (docs/serving.md)")
     ] = "hf",
-    split: Annotated[str, typer.Option(help="test, or validation (--tasks)")] = "test",
+    split: Annotated[str, typer.Option(help="test, validation or train (--tasks)")] = "test",
     decoding: Annotated[
         str, typer.Option(help="published, greedy, or the paper's sampling (--tasks)")
     ] = "published",
@@ -172,11 +177,11 @@ def evaluate(
         )
 
         how = {"split": split, "decoding": decoding, "max_new_tokens": max_new_tokens}
-        names = task_names(tasks, lm_eval, engine, how)
+        harness = (num_fewshot, chat_template, include_path)
+        names = task_names(tasks, lm_eval, engine, how, harness)
         asked = Request(adapters, names, data_dir, limit, batch_size, base, out, model, dtype, how)
         with ConsoleReporter() as reporter:
             if lm_eval is not None:
-                harness = (num_fewshot, chat_template, include_path)
                 found, notes = evaluate_lm_eval(asked, reporter, *harness), list[str]()
             elif engine == "vllm":
                 found, notes = evaluate_with_vllm(asked, reporter)

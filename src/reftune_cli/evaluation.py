@@ -20,7 +20,9 @@ from reftune.errors import DataError, ReftConfigError
 from reftune.generate import HFEngine
 from reftune.records import is_finished
 from reftune.run import RESULTS, Reporter, find_adapter, load_adapter, write_text
+from reftune.samples import model_of
 from reftune.seen import find_seen
+from reftune.stored import run_config
 from reftune.tasks import Task, get_task
 from reftune_cli.chat import load_chat, named_adapter
 from reftune_cli.console import out
@@ -33,7 +35,11 @@ LARGEST_CONFIGS = 1_000_000  # characters; a task of few YAMLs has some thousand
 
 
 def task_names(
-    tasks: str | None, lm_eval: str | None, engine: str, how: Mapping[str, Any]
+    tasks: str | None,
+    lm_eval: str | None,
+    engine: str,
+    how: Mapping[str, Any],
+    harness: Sequence[Any] = (),
 ) -> list[str]:
     """Return the names of the tasks. Raises ReftConfigError for options that do not go together."""
     if (tasks is None) == (lm_eval is None):
@@ -44,6 +50,11 @@ def task_names(
         raise ReftConfigError(
             "--split, --decoding and --max-new-tokens are for --tasks; lm-eval's tasks say "
             "theirs in their YAML (--include-path)."
+        )
+    if tasks is not None and any(value not in (None, False) for value in harness):
+        raise ReftConfigError(
+            "--num-fewshot, --chat-template and --include-path are for --lm-eval; the tasks of "
+            "--tasks have the prompts of their papers."
         )
     return [name.strip() for name in (tasks or lm_eval or "").split(",")]
 
@@ -57,7 +68,7 @@ class Request:
 
     adapters: Sequence[str]
     tasks: Sequence[str]
-    data_dir: str
+    data_dir: str | None  # None: that of the first adapter's run, or the current folder
     limit: int | None
     batch_size: int
     base: bool
@@ -76,16 +87,30 @@ class Request:
                 f"--out is {self.folder}, whose {RESULTS} is what a training run left there. "
                 f"Give another folder, for instance {self.folder}/evaluated."
             )
-        return [get_task(n, self.data_dir, limit=self.limit, **self.how) for n in self.tasks]
+        return [get_task(n, self.folder_of_data, limit=self.limit, **self.how) for n in self.tasks]
+
+    @property
+    def folder_of_data(self) -> str:
+        """Return where the tasks' data is: as the run says that the first adapter is of."""
+        if self.data_dir is not None:
+            return self.data_dir
+        path = Path(named_adapter(self.adapters[0])[1])
+        values = run_config(path) if path.is_dir() else {}
+        return str(values.get("data", {}).get("data_dir") or ".")
 
     def run(
-        self, tasks: Sequence[Task], engine: Any, reporter: Reporter, names: Sequence[str]
+        self,
+        tasks: Sequence[Task],
+        engine: Any,
+        reporter: Reporter,
+        names: Sequence[str],
+        active: str = "adapter",
     ) -> tuple[dict[str, Any], list[str]]:
-        """Evaluate the adapters that an engine has under names, and write the results.
+        """Evaluate the adapters that an engine has under names, or its active one, and keep that.
 
-        Return them, and notes on questions that adapters were trained on.
+        Return the results, and notes on questions that adapters were trained on.
         """
-        seen, notes = self.look_for_seen(tasks)
+        seen, notes = self.look_for_seen(tasks, active)
         results = evaluate.run_all(
             tasks,
             engine,
@@ -93,30 +118,28 @@ class Request:
             samples=self.folder / "samples" if self.folder else None,
             progress=reporter.evaluating,
             adapters=names,
+            active=active,
         )
         if self.folder:
             alpaca_eval.write_outputs(tasks, results, self.folder / "samples")
-        self.keep(RESULTS, results, how={"shared_with_training": seen} if seen else None)
+            kept, shared = _with_earlier(self.folder, results, seen)
+            self.keep(RESULTS, kept, how={"shared_with_training": shared} if shared else None)
         return results, notes
 
-    def look_for_seen(self, tasks: Sequence[Task]) -> tuple[dict[str, dict[str, int]], list[str]]:
+    def look_for_seen(
+        self, tasks: Sequence[Task], active: str
+    ) -> tuple[dict[str, dict[str, int]], list[str]]:
         """Return how many questions adapters were trained on, {task: {who: count}}, and notes."""
         whole = tasks
         if self.limit is not None:
             with suppress(DataError):  # of a row that is not evaluated
                 split = self.how["split"]
-                whole = [get_task(task.name, self.data_dir, split) for task in tasks]
+                whole = [get_task(task.name, self.folder_of_data, split) for task in tasks]
         tests = {task.name: [task.example(i) for i in range(task.num_examples)] for task in whole}
         counts = {task.name: task.num_examples for task in tasks}
         pairs = [named_adapter(text) for text in self.adapters]
-        seen: dict[str, dict[str, int]] = {}
-        notes = []
-        for who, path in [("adapter", pairs[0][1])] if len(pairs) == 1 else pairs:
-            found, more = find_seen(path, tests, counts)
-            notes += more
-            for task, count in found.items():
-                seen.setdefault(task, {})[who] = count
-        return seen, notes
+        who = {active: pairs[0][1]} if len(pairs) == 1 else dict(pairs)
+        return find_seen(who, tests, counts)
 
     def keep(
         self,
@@ -134,20 +157,54 @@ class Request:
             write_text(self.folder / name, text + "\n")
 
 
+def _with_earlier(
+    folder: Path, results: Mapping[str, Mapping[str, Any]], seen: Mapping[str, Mapping[str, int]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
+    """Return results and what was seen in training, with those of the folder's other evaluations.
+
+    Of other tasks and names, that is; not of a name that is another adapter's now, as samples say.
+    """
+    path = folder / RESULTS
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def model(who: str, task: str) -> str | None:
+        return model_of(folder / "samples" / who / f"{task}.jsonl")
+
+    now = {who: model(who, task) for task, found in results.items() for who in found}
+    both = []
+    for key, new in (("tasks", results), ("shared_with_training", seen)):
+        rows: dict[str, dict[str, Any]] = {}
+        for task, found in before.get(key, {}).items():
+            stays = {w: v for w, v in found.items() if w not in now or model(w, task) == now[w]}
+            rows |= {task: stays} if stays else {}
+        for task, found in new.items():
+            rows[task] = {**rows.get(task, {}), **found}
+        both.append(rows)
+    return both[0], both[1]
+
+
 def evaluate_with_hf(request: Request, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
     """Evaluate an adapter with transformers; or several of one base model, in one pass."""
     adapters, tasks = request.adapters, request.open_tasks()
     if len(adapters) == 1:
+        active = _name_of_one(adapters[0])
         _, path = named_adapter(adapters[0])
         reporter.say(f"Loading {path}")
         loaded = load_adapter(path, base=request.model, dtype=request.dtype)
         names: Sequence[str] = []
     else:
+        active = "adapter"
         _check_one_pass(adapters, request.model)
         reporter.say(f"Loading {', '.join(adapters)}")
         loaded, names, _ = load_chat(adapters, request.model, request.dtype)
     engine = HFEngine(loaded.model, loaded.tokenizer, request.batch_size)
-    return request.run(tasks, engine, reporter, names)
+    return request.run(tasks, engine, reporter, names, active)
+
+
+def _name_of_one(text: str) -> str:
+    """Return what a single adapter is called in results: NAME of NAME=ADAPTER, or "adapter"."""
+    name, path = named_adapter(text)
+    return name if path != text else "adapter"
 
 
 def evaluate_with_vllm(request: Request, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
@@ -158,7 +215,7 @@ def evaluate_with_vllm(request: Request, reporter: Reporter) -> tuple[dict[str, 
     adapters, model, tasks = request.adapters, request.model, request.open_tasks()
     one = len(adapters) == 1
     pairs = list(map(named_adapter, adapters))
-    named = {"adapter": pairs[0][1]} if one else dict(pairs)
+    named = {_name_of_one(adapters[0]): pairs[0][1]} if one else dict(pairs)
     if len(named) != len(adapters):
         raise ReftConfigError(f"Two adapters have the same name: {list(named)}. Use NAME=ADAPTER.")
     where = {name: find_adapter(path) for name, path in named.items()}
@@ -173,7 +230,8 @@ def evaluate_with_vllm(request: Request, reporter: Reporter) -> tuple[dict[str, 
     reporter.say(f"Starting vLLM with {trained_on}")
     options = {"dtype": request.dtype, "max_num_seqs": request.batch_size}
     engine = VLLMEngine(trained_on, where, options=options)
-    return request.run(tasks, engine, reporter, list(where))
+    active = next(iter(where)) if one else "adapter"
+    return request.run(tasks, engine, reporter, list(where), active)
 
 
 def evaluate_lm_eval(
@@ -205,17 +263,23 @@ def evaluate_lm_eval(
     def keep(who: str, found: Mapping[str, Any]) -> None:
         how.update({key: found[key] for key in HOW})
 
-    results = run_tasks(
-        lm,
-        request.tasks,
-        base=request.base,
-        num_fewshot=num_fewshot,
-        limit=request.limit,
-        chat_template=chat_template,
-        manager=TaskManager(include_path=include_path),
-        cache=request.folder / "lm-eval-cache" if request.folder else None,
-        on_found=keep,
-    )
+    try:
+        results = run_tasks(
+            lm,
+            request.tasks,
+            base=request.base,
+            num_fewshot=num_fewshot,
+            limit=request.limit,
+            chat_template=chat_template,
+            manager=TaskManager(include_path=include_path),
+            cache=request.folder / "lm-eval-cache" if request.folder else None,
+            on_found=keep,
+        )
+    except ConnectionError as error:  # of datasets, which says which
+        raise DataError(
+            f"lm-eval could not get the data of {', '.join(request.tasks)}: {error}. Its tasks "
+            "read the Hub, or what is in its cache."
+        ) from error
     if not _is_small_json(how["configs"]):
         del how["configs"]
     request.keep(LM_EVAL_RESULTS, results, default=str, how=how)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from reftune.cells import CELLS, Outcome, run_cells, status_of
+from reftune.cells import CELLS, Outcome, rows_of, run_cells, status_of
 from reftune.errors import ReftConfigError, RunError
 from reftune.experiment import Experiment, load_experiment
 from reftune.peft_json import method_comparison
@@ -21,11 +23,26 @@ from reftune_cli.console import ConsoleReporter, out
 
 
 def open_experiment(
-    path: Path, overrides: Sequence[str], seeds: str | None, data_dir: str | None
+    path: Path,
+    overrides: Sequence[str],
+    seeds: str | None,
+    data_dir: str | None,
+    only: str | None = None,
 ) -> Experiment:
-    """Read an experiment's YAML with what the command line changes. Raises ReftConfigError."""
+    """Read an experiment's YAML with what the command line changes. Raises ReftConfigError.
+
+    Of its cells those stay whose names fit one of `only`'s patterns: "lora*,*-s42".
+    """
     more = [f"data.data_dir={data_dir}"] if data_dir else []
-    return load_experiment(path, [*overrides, *more], _seeds(seeds))
+    experiment = load_experiment(path, [*overrides, *more], _seeds(seeds))
+    if only is None:
+        return experiment
+    patterns = [pattern.strip() for pattern in only.split(",")]
+    kept = tuple(c for c in experiment.cells if any(fnmatchcase(c.name, p) for p in patterns))
+    if not kept:
+        names = ", ".join(cell.name for cell in experiment.cells)
+        raise ReftConfigError(f"--only is {only!r}, which is none of the cells; there are {names}.")
+    return dataclasses.replace(experiment, cells=kept)
 
 
 def run_and_show(experiment: Experiment, jobs: int) -> bool:
@@ -39,12 +56,16 @@ def run_and_show(experiment: Experiment, jobs: int) -> bool:
 def show_cells(experiment: Experiment, outcomes: Sequence[Outcome] | None = None) -> None:
     """Print the cells and their status; without outcomes, as they are in the directory."""
     found = outcomes or [status_of(cell) for cell in experiment.cells]
+    rows = rows_of(experiment)
+    tasks = list(dict.fromkeys(task for row in rows.values() for task in row.get("scores", ())))
     table = Table(box=box.SIMPLE_HEAD, title=escape(experiment.name), title_justify="left")
-    for name in ("cell", "method", "status"):
-        table.add_column(name, overflow="fold")
+    for name in ("cell", "method", "status", *(tasks if outcomes else ())):
+        table.add_column(escape(name), overflow="fold")
     for cell, outcome in zip(experiment.cells, found, strict=True):
         status = outcome.status + (f": {outcome.error}" if outcome.error else "")
-        table.add_row(cell.name, cell.config.method, escape(status))
+        scores = rows[cell.name].get("scores", {}) if outcomes else {}
+        shown = [f"{scores[task]:.4f}" if task in scores else "" for task in tasks]
+        table.add_row(cell.name, cell.config.method, escape(status), *(shown if outcomes else ()))
     out.print(table)
     done = sum(outcome.status == "done" for outcome in found)
     out.print(f"{done} of {len(found)} cells are finished; see {experiment.directory / CELLS}")

@@ -88,10 +88,16 @@ def template_of(names: Sequence[str]) -> str:
     return next(iter(templates.values()))
 
 
+def _whose_last_part_is(name: str) -> str:
+    """Return `" Did you mean 'words/sst2'?"` for "sst2"."""
+    found = [repr(task) for task in TASKS if task.lower().endswith(f"/{name.lower()}")]
+    return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
 def _family(name: str) -> type[FamilyTask]:
     if name not in TASKS:
         raise ReftConfigError(
             f"there is no task {name!r}; there are {', '.join(TASKS)}."
-            + did_you_mean(name, list(TASKS))
+            + (did_you_mean(name, list(TASKS)) or _whose_last_part_is(name))
         )
     return TASKS[name]
