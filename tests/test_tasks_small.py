@@ -261,7 +261,7 @@ def test_a_run_and_the_verb_evaluate_write_for_the_judge(judged: Path, tmp_path:
         more = ["--out", str(tmp_path / "out"), "--limit", str(limit)]
         result = CliRunner().invoke(app, arguments + more)
         assert result.exit_code == 0, result.output
-        rows = json.loads((tmp_path / "out/alpaca_eval/adapter.json").read_text())
+        rows = json.loads((tmp_path / "out/alpaca_eval/mine.json").read_text())
         assert len(rows) == limit
 
 
