@@ -344,10 +344,13 @@ class Interrupt(TrainerCallback):
         return control
 
 
-def mean_loss(log: Sequence[Mapping[str, float]]) -> float:
-    """Return the mean over all steps, also those before a resume, of a Trainer's log history."""
+def mean_loss(log: Sequence[Mapping[str, float]], after: float = 0) -> float:
+    """Return the mean over all steps, also those before a resume, of a Trainer's log history.
+
+    With `after`, over those of the entries that came after that step.
+    """
     rows = [row for row in log if "loss" in row]
     steps = [0.0, *(row["step"] for row in rows)]
-    weights = [now - before for before, now in pairwise(steps)]
+    weights = [now - before if now > after else 0 for before, now in pairwise(steps)]
     total = sum(row["loss"] * weight for row, weight in zip(rows, weights, strict=True))
     return total / max(sum(weights), 1)

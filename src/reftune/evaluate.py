@@ -67,13 +67,15 @@ def run(
     adapters: str | Sequence[str | None] | None = None,
     samples_path: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    identity: str | None = None,
 ) -> Result:
     """Generate and score the first `limit` examples of a task.
 
     `adapters` is one name for all examples or one per example (None: the base model); without it,
     the engine's active adapter acts. `progress(done, total)` is called after every example.
     With `samples_path`, samples are written as they finish and an earlier file is continued; greedy
-    and beam search then give what an uninterrupted run gives, sampling another draw.
+    and beam search then give what an uninterrupted run gives, sampling another draw. `identity` is
+    what the file is said to be of, where that is not the engine's.
 
     Raises:
         RunError: the file belongs to another task, model, adapter or settings, or is damaged.
@@ -82,19 +84,7 @@ def run(
     n = _count(task, limit)
     names = _adapter_per_example(adapters, n)
     path = None if samples_path is None else Path(samples_path)
-    return _run(task, engine, n, names, engine.identity, path, progress)
-
-
-def _run(
-    task: Task,
-    engine: Engine,
-    n: int,
-    names: list[str | None] | None,
-    identity: str,
-    path: Path | None,
-    progress: Callable[[int, int], None] | None,
-) -> Result:
-    with _opened(task, engine, n, {"": (names, identity, path)}) as jobs:
+    with _opened(task, engine, n, {"": (names, identity or engine.identity, path)}) as jobs:
         _evaluate(task, engine, n, jobs, progress)
     return result_of(task.name, task.metric, jobs[0].in_order(n))
 
@@ -164,8 +154,8 @@ def run_all(
             with as_base(engine.model) if who == "base" else nullcontext():
                 # A PeftModel whose adapters are off still has them among its weights.
                 switched_off = who == "base" and isinstance(engine.model, PeftModel)
-                identity = engine.identity_of(None) if switched_off else engine.identity
-                result = _run(task, engine, _count(task, None), None, identity, path, tell)
+                identity = engine.identity_of(None) if switched_off else None
+                result = run(task, engine, samples_path=path, progress=tell, identity=identity)
             results[task.name][who] = dataclasses.asdict(result)
     return results
 

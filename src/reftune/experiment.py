@@ -18,10 +18,10 @@ import copy
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,7 @@ from reftune.settings import (
     set_key,
 )
 
+Value = TypeVar("Value")
 Point = Mapping[str, Any]
 """Keys of a grid with one value each."""
 
@@ -119,7 +120,7 @@ def load_experiment(
         for point in _points(changes.get("grid", plan.grid), changed, str(path))
         for seed in (seeds or plan.seeds)
     ]
-    if twice := [s for s, count in Counter(seeds or plan.seeds).items() if count > 1]:
+    if twice := _twice(seeds or plan.seeds):
         raise ReftConfigError(f"{path}: seeds has {twice[0]} more than once.")
     _check_names([cell.name for cell in cells], str(path))
     directory = cells[0].config.directory.parent
@@ -175,14 +176,11 @@ def _points(grid: Any, overridden: set[str], where: str) -> Iterator[Point]:
         points = grid or [{}]
     else:
         raise ReftConfigError(f"{where}: grid is {grid!r}; accepted are keys with lists of values.")
-    for point in points:
-        named = [_whole(str(key), where) for key in point]
-        if twice := {key for key in named if named.count(key) > 1}:
-            raise ReftConfigError(
-                f"{where}: grid has {', '.join(twice)} twice: {', '.join(point)}."
-            )
-    points = [{_whole(str(key), where): value for key, value in point.items()} for point in points]
-    for point in points:
+    for given in points:
+        whole = [_whole(str(key), where) for key in given]
+        if twice := _twice(whole):
+            raise ReftConfigError(f"{where}: grid has {twice[0]} twice: {', '.join(given)}.")
+        point = dict(zip(whole, given.values(), strict=True))
         # "adapter={...}" would undo "adapter.r" without a word
         both = {o for o in overridden for key in point if f"{key}.".startswith(f"{o}.")}
         if both:
@@ -190,7 +188,7 @@ def _points(grid: Any, overridden: set[str], where: str) -> Iterator[Point]:
                 f"{', '.join(sorted(both))} is in the grid of {where} and overridden as well; "
                 "override the grid: 'grid={...}'."
             )
-    yield from points
+        yield point
 
 
 def _whole(key: str, where: str) -> str:
@@ -262,9 +260,13 @@ def _text(values: Mapping[str, Any], key: str, where: str, overrides: Sequence[s
 
 
 def _check_names(names: Sequence[str], where: str) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    if twice := _twice(names):
         raise ReftConfigError(f"{where}: two cells would be named {twice[0]!r}; name them apart.")
+
+
+def _twice(values: Iterable[Value]) -> list[Value]:
+    """Return the values that are there more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def _short(key: str) -> str:

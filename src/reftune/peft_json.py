@@ -91,6 +91,7 @@ def _train_info(record: Record, seconds: float) -> dict[str, Any]:
 def _metrics(record: Record) -> list[dict[str, Any]]:
     """Return what was logged while training, and the test as the last entry."""
     train, trained = record.config["train"], record.results["train"]
+    log = record.log()
     batch = train["batch_size"] * train["gradient_accumulation_steps"]
     metrics: list[dict[str, Any]] = [
         {
@@ -100,19 +101,14 @@ def _metrics(record: Record) -> list[dict[str, Any]]:
             "train samples": row["step"] * batch,
             "elapsed time": row.get("seconds", 0.0),
         }
-        for row in record.log()
+        for row in log
     ]
     tasks = _accuracies(record)
-    late = [row for row in record.log() if row["step"] > trained["steps"] - EVAL_STEPS]
-    start = (
-        max((m["step"] for m in metrics if m["step"] < late[0]["step"]), default=0) if late else 0
-    )
+    late = trained["steps"] - EVAL_STEPS
     last = {
         "step": trained["steps"],
         "test accuracy": statistics.fmean(tasks.values()),
-        "train loss": mean_loss([row | {"step": row["step"] - start} for row in late])
-        if late
-        else trained["loss"],
+        "train loss": mean_loss(log, late) if log and log[-1]["step"] > late else trained["loss"],
         "train samples": trained["steps"] * batch,
         "train total tokens": round(trained["tokens_per_second"] * trained["seconds"]),
     }

@@ -203,10 +203,11 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Sample], int]:
 
 def model_of(path: Path) -> str | None:
     """Return which model and adapter wrote a samples file; None where there is none."""
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:
         return None
-    header, _, _ = _read(path)
-    return None if header is None else str(header["model"])
+    with path.open(encoding="utf-8") as file:
+        header = json.loads(file.readline())
+    return str(header["model"])
 
 
 def _check_header(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,28 +90,32 @@ class Request:
             )
         return [get_task(n, self.folder_of_data, limit=self.limit, **self.how) for n in self.tasks]
 
-    @property
+    @cached_property
+    def named(self) -> dict[str, str]:
+        """Return the adapters by name; a single one is "adapter", unless it was given a name."""
+        pairs = list(map(named_adapter, self.adapters))
+        if len(pairs) == 1:
+            [(name, path)] = pairs
+            return {name if path != self.adapters[0] else "adapter": path}
+        return dict(pairs)
+
+    @cached_property
     def folder_of_data(self) -> str:
         """Return where the tasks' data is: as the run says that the first adapter is of."""
         if self.data_dir is not None:
             return self.data_dir
-        path = Path(named_adapter(self.adapters[0])[1])
+        path = Path(next(iter(self.named.values())))
         values = run_config(path) if path.is_dir() else {}
         return str(values.get("data", {}).get("data_dir") or ".")
 
     def run(
-        self,
-        tasks: Sequence[Task],
-        engine: Any,
-        reporter: Reporter,
-        names: Sequence[str],
-        active: str = "adapter",
+        self, tasks: Sequence[Task], engine: Any, reporter: Reporter, names: Sequence[str]
     ) -> tuple[dict[str, Any], list[str]]:
         """Evaluate the adapters that an engine has under names, or its active one, and keep that.
 
         Return the results, and notes on questions that adapters were trained on.
         """
-        seen, notes = self.look_for_seen(tasks, active)
+        seen, notes = self.look_for_seen(tasks)
         results = evaluate.run_all(
             tasks,
             engine,
@@ -118,7 +123,7 @@ class Request:
             samples=self.folder / "samples" if self.folder else None,
             progress=reporter.evaluating,
             adapters=names,
-            active=active,
+            active=next(iter(self.named)),
         )
         if self.folder:
             alpaca_eval.write_outputs(tasks, results, self.folder / "samples")
@@ -126,9 +131,7 @@ class Request:
             self.keep(RESULTS, kept, how={"shared_with_training": shared} if shared else None)
         return results, notes
 
-    def look_for_seen(
-        self, tasks: Sequence[Task], active: str
-    ) -> tuple[dict[str, dict[str, int]], list[str]]:
+    def look_for_seen(self, tasks: Sequence[Task]) -> tuple[dict[str, dict[str, int]], list[str]]:
         """Return how many questions adapters were trained on, {task: {who: count}}, and notes."""
         whole = tasks
         if self.limit is not None:
@@ -137,9 +140,7 @@ class Request:
                 whole = [get_task(task.name, self.folder_of_data, split) for task in tasks]
         tests = {task.name: [task.example(i) for i in range(task.num_examples)] for task in whole}
         counts = {task.name: task.num_examples for task in tasks}
-        pairs = [named_adapter(text) for text in self.adapters]
-        who = {active: pairs[0][1]} if len(pairs) == 1 else dict(pairs)
-        return find_seen(who, tests, counts)
+        return find_seen(self.named, tests, counts)
 
     def keep(
         self,
@@ -187,24 +188,16 @@ def evaluate_with_hf(request: Request, reporter: Reporter) -> tuple[dict[str, An
     """Evaluate an adapter with transformers; or several of one base model, in one pass."""
     adapters, tasks = request.adapters, request.open_tasks()
     if len(adapters) == 1:
-        active = _name_of_one(adapters[0])
-        _, path = named_adapter(adapters[0])
+        [path] = request.named.values()
         reporter.say(f"Loading {path}")
         loaded = load_adapter(path, base=request.model, dtype=request.dtype)
         names: Sequence[str] = []
     else:
-        active = "adapter"
         _check_one_pass(adapters, request.model)
         reporter.say(f"Loading {', '.join(adapters)}")
         loaded, names, _ = load_chat(adapters, request.model, request.dtype)
     engine = HFEngine(loaded.model, loaded.tokenizer, request.batch_size)
-    return request.run(tasks, engine, reporter, names, active)
-
-
-def _name_of_one(text: str) -> str:
-    """Return what a single adapter is called in results: NAME of NAME=ADAPTER, or "adapter"."""
-    name, path = named_adapter(text)
-    return name if path != text else "adapter"
+    return request.run(tasks, engine, reporter, names)
 
 
 def evaluate_with_vllm(request: Request, reporter: Reporter) -> tuple[dict[str, Any], list[str]]:
@@ -213,9 +206,7 @@ def evaluate_with_vllm(request: Request, reporter: Reporter) -> tuple[dict[str, 
     from reftune.serve.launch import base_of
 
     adapters, model, tasks = request.adapters, request.model, request.open_tasks()
-    one = len(adapters) == 1
-    pairs = list(map(named_adapter, adapters))
-    named = {_name_of_one(adapters[0]): pairs[0][1]} if one else dict(pairs)
+    named = request.named
     if len(named) != len(adapters):
         raise ReftConfigError(f"Two adapters have the same name: {list(named)}. Use NAME=ADAPTER.")
     where = {name: find_adapter(path) for name, path in named.items()}
@@ -230,8 +221,7 @@ def evaluate_with_vllm(request: Request, reporter: Reporter) -> tuple[dict[str, 
     reporter.say(f"Starting vLLM with {trained_on}")
     options = {"dtype": request.dtype, "max_num_seqs": request.batch_size}
     engine = VLLMEngine(trained_on, where, options=options)
-    active = next(iter(where)) if one else "adapter"
-    return request.run(tasks, engine, reporter, list(where), active)
+    return request.run(tasks, engine, reporter, list(where))
 
 
 def evaluate_lm_eval(

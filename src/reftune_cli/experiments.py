@@ -56,16 +56,16 @@ def run_and_show(experiment: Experiment, jobs: int) -> bool:
 def show_cells(experiment: Experiment, outcomes: Sequence[Outcome] | None = None) -> None:
     """Print the cells and their status; without outcomes, as they are in the directory."""
     found = outcomes or [status_of(cell) for cell in experiment.cells]
-    rows = rows_of(experiment)
+    rows = rows_of(experiment) if outcomes else {}
     tasks = list(dict.fromkeys(task for row in rows.values() for task in row.get("scores", ())))
     table = Table(box=box.SIMPLE_HEAD, title=escape(experiment.name), title_justify="left")
-    for name in ("cell", "method", "status", *(tasks if outcomes else ())):
+    for name in ("cell", "method", "status", *tasks):
         table.add_column(escape(name), overflow="fold")
     for cell, outcome in zip(experiment.cells, found, strict=True):
         status = outcome.status + (f": {outcome.error}" if outcome.error else "")
-        scores = rows[cell.name].get("scores", {}) if outcomes else {}
+        scores = rows.get(cell.name, {}).get("scores", {})
         shown = [f"{scores[task]:.4f}" if task in scores else "" for task in tasks]
-        table.add_row(cell.name, cell.config.method, escape(status), *(shown if outcomes else ()))
+        table.add_row(cell.name, cell.config.method, escape(status), *shown)
     out.print(table)
     done = sum(outcome.status == "done" for outcome in found)
     out.print(f"{done} of {len(found)} cells are finished; see {experiment.directory / CELLS}")
