@@ -1,8 +1,9 @@
 """How fast are adapters trained? reftune, pyreft, PEFT LoRA, adapters' LoReFT, and the floor.
 
     python benchmarks/training.py --data-dir DATA --smollm2 DIR [--qwen DIR] [--minilm DIR]
+        [--smollm2-1.7b DIR] [--device cuda]
         [--pyreft-python PY --pyreft-checkout DIR --pyvene-checkout DIR] [--adapters-python PY]
-        [--workloads A,B,C,D,E] [--arms reftune,pyreft,lora,adapters] [--rounds 3] [--threads 2]
+        [--workloads A,B,C,D,E,F] [--arms reftune,pyreft,lora,adapters] [--rounds 3] [--threads 2]
 
 Each arm of each round is a process of its own, in its library's environment; rounds take turns.
 All get the same examples as tokens, made once, in the same dtype with the same threads. Steps are
@@ -230,7 +231,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for model in ("smollm2", "qwen", "minilm"):
+    for model in workloads.MODELS:
         parser.add_argument(f"--{model}", help="the model's directory")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--pyreft-python")
@@ -240,7 +241,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", default="A,B,C,D,E", help="C is C10 and C100")
     parser.add_argument("--arms", nargs="+", default=["reftune,pyreft,lora,adapters"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="measured steps of A, B, D, E")
+    parser.add_argument("--steps", type=int, help="measured steps of A, B, D, E, F")
     parser.add_argument("--warmup", type=int, default=5, help="first steps, left out")
     parser.add_argument("--epochs", type=int, help="of C")
     parser.add_argument("--peer-epochs", type=int, default=10, help="of C; 0 is all")
@@ -257,7 +258,8 @@ def main() -> None:
     # Ended from outside, the worker ends, too: subprocess.run stops it on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     environments, left_out = environments_of(args)
-    models = {m: path for m in ("smollm2", "qwen", "minilm") if (path := getattr(args, m))}
+    given = {name: getattr(args, name.replace("-", "_")) for name in workloads.MODELS}
+    models = {name: path for name, path in given.items() if path}
     options = workloads.Options(
         models, args.data_dir, args.steps, args.epochs, args.warmup, args.threads, args.device
     )

@@ -1,9 +1,13 @@
 """A run small enough for every test: a tiny model in a directory, a few rows, a config."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+from reftune.callbacks import Progress
+from reftune.run import Silent
 from reftune.settings import RunConfig, parse_config
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -44,3 +48,15 @@ def tiny_run(tmp_path: Path, **sections: dict[str, Any]) -> RunConfig:
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return parse_config(values, "tiny")
+
+
+class InterruptAt(Silent):
+    """Press Ctrl-C when training reaches a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def training(self, progress: Progress) -> None:
+        if progress.step == self.step:
+            self.step = -1
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,24 +1,36 @@
 """What only a GPU shows: where models are put, and that training there is training here."""
 
 import json
+import math
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
+from adapted_tiny import batch, config, prompts, reft, strong
 from reftune import trainer
+from reftune.errors import RunError
 from reftune.orthonormal import is_orthonormal, orthonormalise
 from reftune.run import execute, load_adapter
 from reftune.settings import RunConfig
 from reftune_cli import app
-from runs import tiny_run
+from runs import InterruptAt, tiny_run
+from tiny import tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+    # inductor imports a part of torch that torch deprecates
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*Function.> should not be instantiated:DeprecationWarning"),
 ]
 
 HELDOUT = {"heldout_fraction": 0.25, "template": "none"}
@@ -36,6 +48,8 @@ def losses(config: RunConfig) -> list[float]:
         {},
         {"shortcuts": False},
         {"reuse": True, "epochs": 4},
+        {"packing": True},
+        {"compile": True},
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "offload_base": True},
         {"gradient_checkpointing": True, "offload_base": True, "shortcuts": False},
@@ -44,14 +58,37 @@ def losses(config: RunConfig) -> list[float]:
 def test_a_run_learns_what_it_learns_on_a_cpu(tmp_path: Path, settings: dict[str, Any]) -> None:
     sections: dict[str, Any] = {"data": HELDOUT, "evaluate": ASKED}
     there = tiny_run(tmp_path / "gpu", train={**settings, "device": "auto"}, **sections)
-    here = tiny_run(tmp_path / "cpu", train=settings, **sections)
+    here = tiny_run(tmp_path / "cpu", train={**settings, "compile": False}, **sections)
     found, expected = execute(there), execute(here)
     assert losses(there) == pytest.approx(losses(here), rel=1e-3)
     assert found["heldout"]["adapter"] == pytest.approx(expected["heldout"]["adapter"], rel=1e-3)
     assert found["tasks"]["demo"]["adapter"]["n"] == 2
-    assert found["train"]["shortcuts"] == expected["train"]["shortcuts"]
+    taken = set(found["train"]["shortcuts"])
+    assert ("compile" in taken) == settings.get("compile", False)
+    if "compile" not in settings:  # compiled layers compute padding
+        assert taken == set(expected["train"]["shortcuts"])
     assert "cpu_seconds" in expected["train"]
     assert "cpu_seconds" not in found["train"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_in_16_bits_learns_about_the_same(tmp_path: Path, dtype: str) -> None:
+    there = tiny_run(tmp_path / "gpu", train={"device": "auto"}, data=HELDOUT)
+    here = tiny_run(tmp_path / "cpu", data=HELDOUT)
+    found = execute(there.model_copy(update={"dtype": dtype}))
+    expected = execute(here)
+    assert found["heldout"]["adapter"] == pytest.approx(expected["heldout"]["adapter"], rel=0.05)
+    assert all(math.isfinite(loss) for loss in losses(there))
+
+
+def test_an_interrupted_run_resumes_and_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"train": {"device": "auto"}, "adapter": {"dropout": 0.1}}
+    whole, broken = (tiny_run(tmp_path / name, **settings) for name in "ab")
+    execute(whole)
+    with pytest.raises(RunError, match="interrupted at step 3"):
+        execute(broken, reporter=InterruptAt(3))
+    execute(broken, resume=True)
+    assert losses(broken) == pytest.approx(losses(whole), rel=1e-3)
 
 
 def test_an_offloaded_base_is_not_on_the_gpu_while_it_trains(
@@ -97,3 +134,127 @@ def test_retraction_is_exact_where_products_are_rounded() -> None:
         torch.set_float32_matmul_precision(before)
     gram = found.double() @ found.double().mT
     assert (gram - torch.eye(8, dtype=gram.dtype, device="cuda")).abs().max() < 1e-6
+
+
+# --- as the CPU has it, and without waiting -------------------------------------------------------
+
+
+def on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cuda() for name, tensor in inputs.items()}
+
+
+def waits(run: Callable[[], object]) -> list[str]:
+    """Return where the host waits for the GPU while `run` runs, as "file:line"."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+
+
+def steps(model: nn.Module) -> Callable[[], None]:
+    """Return what takes three training steps; the first has been taken."""
+    inputs = on_gpu(batch())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+
+    step()
+    return lambda: [step() for _ in range(3)] and None
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"positions": "all"},
+    {"tied": "none"},
+    {"dropout": 0.1},
+    {"edit_generated": True},
+    {"method": "direft"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_step_waits_for_the_gpu_no_oftener_than_the_bare_model(settings: dict[str, Any]) -> None:
+    bare = waits(steps(tiny_llama().cuda().train()))
+    assert len(waits(steps(reft(**settings).cuda().train()))) <= len(bare)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_generation_waits_for_the_gpu_no_oftener_than_the_bare_model(
+    settings: dict[str, Any],
+) -> None:
+    inputs = on_gpu(prompts())
+
+    def generating(model: Any, **more: Any) -> Callable[[], object]:
+        asked = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4}
+        return lambda: model.generate(**inputs, **asked, **more)
+
+    bare = generating(tiny_llama().cuda())
+    adapted = generating(reft(**settings).cuda())
+    bare(), adapted()
+    assert len(waits(adapted)) <= len(waits(bare))
+
+
+def two_adapters() -> PeftModel:
+    model = reft()
+    model.add_adapter("other", config("direft", positions="f2+l1"))
+    return strong(model, seed=2)
+
+
+def test_a_batch_of_different_adapters_is_each_alone_and_waits_no_oftener() -> None:
+    model, inputs, bare = two_adapters().cuda().eval(), on_gpu(prompts()), tiny_llama().cuda()
+    names = ["other", "default"]
+
+    def together() -> Tensor:
+        return model(**inputs, adapter_names=names).logits
+
+    with torch.no_grad():
+        mixed = together()
+        for i, name in enumerate(names):
+            model.set_adapter(name)
+            torch.testing.assert_close(mixed[i], model(**inputs).logits[i], rtol=1e-3, atol=1e-3)
+        bare(**inputs)
+        assert len(waits(together)) <= len(waits(lambda: bare(**inputs)))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_generated_tokens_are_those_of_a_cpu(settings: dict[str, Any]) -> None:
+    asked = {"do_sample": False, "max_new_tokens": 8}
+    model = reft(**settings)
+    expected = model.generate(**prompts(), **asked)
+    model.cuda()
+    found = model.generate(**on_gpu(prompts()), **asked)
+    assert torch.equal(found.cpu(), expected)
+    static = model.generate(**on_gpu(prompts()), **asked, cache_implementation="static")
+    assert torch.equal(static.cpu(), expected)
+
+
+def test_a_compiled_model_and_autocast_are_as_the_model() -> None:
+    model, inputs = reft().cuda(), on_gpu(batch())
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = torch.compile(model)(**inputs).logits
+        with torch.autocast("cuda", torch.bfloat16):
+            rounded = model(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert float((rounded - expected).norm() / expected.norm()) < 0.05
+
+
+def test_an_encoder_is_as_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    base = BertForSequenceClassification(BertConfig(vocab_size=60, num_attention_heads=4, **shape))
+    adapted = get_peft_model(base, config(positions="f1", task_type="SEQ_CLS", r=2))
+    model = strong(adapted).eval()
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = model.cuda()(**on_gpu(inputs)).logits
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -23,9 +22,9 @@ from reftune import train as train_module
 from reftune.callbacks import Memory, Progress, last_checkpoint
 from reftune.errors import DataError, RunError
 from reftune.plots import read_log
-from reftune.run import Silent, execute, load_adapter, versions
+from reftune.run import execute, load_adapter, versions
 from reftune.settings import RunConfig, load_config
-from runs import tiny_run
+from runs import InterruptAt, tiny_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -40,18 +39,6 @@ def losses(config: RunConfig) -> list[float]:
 
 def adapter_tensors(config: RunConfig) -> dict[str, torch.Tensor]:
     return load_file(config.directory / "adapter" / "adapter_model.safetensors")
-
-
-class InterruptAt(Silent):
-    """Press Ctrl-C when training reaches a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def training(self, progress: Progress) -> None:
-        if progress.step == self.step:
-            self.step = -1
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_leaves_everything_in_its_directory(tmp_path: Path) -> None:

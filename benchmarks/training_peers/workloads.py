@@ -7,6 +7,7 @@
                               quickstart (140 tokens), short answers; as C
     D  Qwen2.5-Coder-0.5B, bf16                            as A
     D32  D in fp32, for CPUs that have no fast bfloat16
+    F  SmolLM2-1.7B's shape, bf16                          as A; random weights, for GPUs
     E  MiniLM, fp32           MRPC pairs, batch 32         all layers, r 1, f3, trained head
 
 A, B, D and E are one pass over as many examples as the steps take; reftune's own sampler groups
@@ -25,6 +26,7 @@ from typing import Any
 from training_peers.job import Job, Row, Setting
 
 SEED = 42
+MODELS = ("smollm2", "smollm2-1.7b", "qwen", "minilm")
 COMMONSENSE = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
 PAPER = {"reft": 9e-4, "lora": 3e-4}
 SHORT_ROWS = 100
@@ -43,7 +45,7 @@ SYSTEM = (
 class Options:
     """What the command line says about jobs."""
 
-    models: dict[str, str]  # of "smollm2", "qwen", "minilm"
+    models: dict[str, str]  # of MODELS
     data_dir: Path
     steps: int | None  # measured ones, of the workloads of one epoch
     epochs: int | None  # of the others
@@ -97,6 +99,10 @@ WORKLOADS = {
         "qwen", "commonsense", Setting(_all(24), 8, 7, 7, tied=True), 16, 25, dtype="bfloat16"
     ),
     "D32": Workload("qwen", "commonsense", Setting(_all(24), 8, 7, 7, tied=True), 16, 25),
+    "F": Workload(
+        "smollm2-1.7b", "commonsense", Setting(_all(24), 8, 7, 7, tied=True), 16, 60,
+        dtype="bfloat16",
+    ),
     "E": Workload(
         "minilm", "mrpc", Setting(_all(6), 1, 3, 0, tied=True), 32, 60,
         learning_rate=(3e-4, 3e-4), warmup_ratio=0.0, task="classification",
