@@ -218,7 +218,7 @@ class Arms:
             tokenizer = self.models.tokenizer()
             sizes = {cell.batch for cell in generating}
             self.batches = {B: prompts(tokenizer, B, args.device) for B in sizes}
-        self._warm: set[tuple[str, int]] = set()
+        self._warm: set[tuple[str, int, int]] = set()
         self.pyreft = None
         if any("pyreft" in cell.arms for cell in generating):
             self.pyreft = Pyreft(args, self.models["reftune"], folder)
@@ -230,9 +230,11 @@ class Arms:
             command = [sys.executable, *STARTUP[arm]]
             return timed(lambda: start(command, self._args.threads), "cpu")[1]
         batch = self.batches[cell.batch]
-        if (arm, cell.batch) not in self._warm:  # what a first call makes is not timed
-            self.generate(arm, batch, 2)
-            self._warm.add((arm, cell.batch))
+        # What a first call makes is not timed; a GPU loads kernels as caches grow.
+        first = 2 if self._args.device == "cpu" else cell.new_tokens
+        if (arm, cell.batch, first) not in self._warm:
+            self.generate(arm, batch, first)
+            self._warm.add((arm, cell.batch, first))
         if arm == "pyreft":
             assert self.pyreft is not None
             return float(self.pyreft(batch, cell.new_tokens)["seconds"])

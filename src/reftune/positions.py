@@ -122,6 +122,13 @@ class Rows:
         return flat.index_add(0, self.index.reshape(-1), edit).view_as(h_BSd)
 
 
+def on_device(count: int | Tensor, device: torch.device) -> Tensor:
+    """Return a count as a tensor; of a number it is made there, as a copy would wait for it."""
+    if isinstance(count, Tensor):
+        return count.to(device)
+    return torch.full((), count, dtype=torch.long, device=device)
+
+
 def side_lengths(
     n: Tensor, prefix: int | Tensor, suffix: int | Tensor, rule: str
 ) -> tuple[Tensor, Tensor]:
@@ -131,8 +138,7 @@ def side_lengths(
     ceil(n/2)). pyreft's, always: p <- min(p, floor(n/2)), s <- min(s, floor(n/2)). Overlap, as in
     adapters: the suffix takes what it can get, and the prefix what is left of its p tokens.
     """
-    p = torch.as_tensor(prefix, device=n.device).expand_as(n)
-    s = torch.as_tensor(suffix, device=n.device).expand_as(n)
+    p, s = on_device(prefix, n.device).expand_as(n), on_device(suffix, n.device).expand_as(n)
     if rule == "pyreft":
         return torch.minimum(p, n // 2), torch.minimum(s, n // 2)
     if rule == "overlap":

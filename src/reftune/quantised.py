@@ -27,6 +27,7 @@ Quantization = Literal["bnb-4bit", "bnb-8bit", "torchao-int8", "torchao-int4"]
 
 _PACKAGES: Final[Mapping[str, str]] = {"bnb": "bitsandbytes", "torchao": "torchao"}
 _PACKS: Final = "support_avx512bf16_for_cpu"  # bitsandbytes' Linear4bit; read at each pass
+_PACKED_BY_TORCHAO: Final = "Int4TilePackedTo4dTensor"
 _GROUP = 32  # weights that share a scale, of torchao's int4: divides the width of any model
 
 
@@ -76,6 +77,20 @@ def keep_unpacked(model: nn.Module) -> None:
                 "anew, and put the adapter to be trained on it before it is evaluated."
             )
         setattr(module, _PACKS, False)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ReftConfigError where no gradient passes a model's weights: torchao's packed int4.
+
+    torch has no derivative of their product (`aten::_weight_int4pack_mm`; torch 2.11).
+    """
+    for name, weight in model.named_parameters():
+        if type(weight).__name__ == _PACKED_BY_TORCHAO:
+            raise ReftConfigError(
+                f"{name} is packed in 4 bits by torchao, through which no gradient passes: such a "
+                "model can be used with an adapter (inference_mode=True), and not train one. Load "
+                "it with quantization='bnb-4bit', 'bnb-8bit' or 'torchao-int8' to train."
+            )
 
 
 def _torchao_int4() -> object:

@@ -37,6 +37,7 @@ from reftune.positions import (
     SlotKey,
     assign_slots,
     before_first_label,
+    on_device,
     segment_ids,
     slots_to_rows,
     take_columns,
@@ -235,12 +236,12 @@ class Span:
         self, key: Any, p: int | Tensor, s: int | Tensor, B: int, S: int, device: torch.device
     ) -> Tensor:
         if self.generated:
-            takes_part = torch.as_tensor(p, device=device) + s > 0
+            takes_part = on_device(p, device) + s > 0
             slot = key.num_slots - 1 if key.edit_generated else key.num_slots
             return torch.where(takes_part, slot, key.num_slots).expand(B, S)
         prompt, attended, segments = self.prompt(B, S, device)
         if key.positions.everything:  # p is 1, or tells for each example whether it takes part
-            slot = torch.where(prompt & (torch.as_tensor(p, device=device) > 0), 0, key.num_slots)
+            slot = torch.where(prompt & (on_device(p, device) > 0), 0, key.num_slots)
         else:
             o, lengths = self.options, None
             if o.prompt_lengths is not None and o.prompt_mask is None:
@@ -257,7 +258,7 @@ class Span:
                 lengths_B=lengths,
             )
         if key.edit_generated:
-            takes_part = torch.as_tensor(p, device=device) + s > 0
+            takes_part = on_device(p, device) + s > 0
             slot = torch.where(attended & ~prompt & takes_part, key.num_slots - 1, slot)
             if isinstance(self.past, Tensor):  # how far the sequence goes is not known on the host
                 generated = torch.where(takes_part, key.num_slots - 1, key.num_slots)

@@ -34,7 +34,7 @@ from reftune.layer import CANNOT_MERGE, ReftLayer
 from reftune.layers import decoder_of, find_targets, pads_right, residual_streams
 from reftune.masks import entry_of
 from reftune.mixed import check_adapter_names, check_names_of_call, check_names_of_span
-from reftune.quantised import keep_unpacked
+from reftune.quantised import check_trainable, keep_unpacked
 from reftune.recompute import carry_spans, drop_carriers, plain_name
 from reftune.spans import Span, close_span, is_idle, open_span
 from reftune.trainers import PromptWatch, active_keys, watch_trainers
@@ -88,6 +88,7 @@ class ReftModel(BaseTuner):  # type: ignore[misc]
         self._check_name(adapter_name)
         if not self.peft_config[adapter_name].inference_mode:
             keep_unpacked(model)
+            check_trainable(model)
         # The config says which layers; PEFT would look for modules named after the tensors.
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _hook_entries(model, self.peft_config[adapter_name])
