@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
     # inductor imports a part of torch that torch deprecates
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # it advises them
     pytest.mark.filterwarnings("ignore:.*Function.> should not be instantiated:DeprecationWarning"),
 ]
 
