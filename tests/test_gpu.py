@@ -155,7 +155,8 @@ def waits(run: Callable[[], object]) -> list[str]:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+    waited = [w for w in caught if "called a synchronizing" in str(w.message)]
+    return [f"{w.filename}:{w.lineno}" for w in waited]
 
 
 def steps(model: nn.Module) -> Callable[[], None]:
