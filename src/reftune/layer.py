@@ -26,7 +26,7 @@ from reftune.interventions import (
     retract,
 )
 from reftune.mixed import edit_mixed
-from reftune.positions import SlotKey
+from reftune.positions import SlotKey, on_device
 from reftune.spans import Span, current_span
 
 Composition = Literal["in_order", "sum"]
@@ -279,7 +279,7 @@ def subspace_mask(
     mask = torch.zeros(len(lists), config.r or 0)
     for i, names in enumerate(lists):
         mask[i, config.subspace_rows([str(name) for name in names])] = 1.0
-    mask = mask.to(device=like.device, dtype=like.dtype)
+    mask = on_device(mask, like.device).to(like.dtype)
     if not shared:
         mask = mask.repeat_interleave(B // len(lists), dim=0).unsqueeze(-2)
     return mask.expand(groups, *mask.shape)

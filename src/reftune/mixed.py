@@ -18,7 +18,7 @@ from torch import Tensor
 from reftune.context import no_autocast
 from reftune.errors import ReftConfigError, did_you_mean
 from reftune.interventions import SUBSPACE_MASK, Intervention, apply_dense, apply_grouped
-from reftune.positions import Positions, SlotKey
+from reftune.positions import Positions, SlotKey, on_device
 from reftune.spans import Span
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class _Batch:
                 for n in self.per_example
             ]
         )
-        return table.to(device, non_blocking=True).unbind(-1)
+        return on_device(table, device).unbind(-1)
 
     def stack(self, layer: ReftLayer, span: Span, device: torch.device) -> dict[str, Tensor]:
         """Return each example's parameters, (B, G, ...)."""
@@ -218,7 +218,9 @@ class _Batch:
             return factors[0]
         device = member_B.device
         key = ("strength", self.key, factors, device)
-        return span.once(key, lambda: torch.tensor(factors, device=device)[member_B][:, None, None])
+        return span.once(
+            key, lambda: on_device(torch.tensor(factors), device)[member_B][:, None, None]
+        )
 
     def _spread(self, phi: Intervention, name: str) -> dict[str, Tensor]:
         """Return an adapter's parameters at a layer with the batch's rank and groups."""
@@ -254,7 +256,7 @@ class _Batch:
             config = self.configs[name]
             rows = range(config.r or 0) if names is None else config.subspace_rows(names)
             mask[i, list(rows)] = 1.0
-        return mask.to(device)
+        return on_device(mask, device)
 
 
 def _spread_groups(t: Tensor, sizes: list[int], at: list[int]) -> Tensor:

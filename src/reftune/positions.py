@@ -123,9 +123,9 @@ class Rows:
 
 
 def on_device(count: int | Tensor, device: torch.device) -> Tensor:
-    """Return a count as a tensor; of a number it is made there, as a copy would wait for it."""
+    """Return a count as a tensor there, without waiting for the device as a plain copy would."""
     if isinstance(count, Tensor):
-        return count.to(device)
+        return count.to(device, non_blocking=count.device.type == "cpu")
     return torch.full((), count, dtype=torch.long, device=device)
 
 

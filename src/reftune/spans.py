@@ -179,7 +179,7 @@ class Span:
         return self._without_labels(attended, S), attended, segments
 
     def _lengths(self, given: Tensor, B: int, device: torch.device) -> Tensor:
-        lengths = torch.as_tensor(given, device=device).view(-1)
+        lengths = on_device(torch.as_tensor(given), device).view(-1)
         return require_batch("prompt_lengths", lengths, B)
 
     def _without_labels(self, attended: Tensor, S: int) -> Tensor:
