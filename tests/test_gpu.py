@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
 from adapted_tiny import batch, config, prompts, reft, strong
-from reftune import trainer
+from reftune import options, reft_layers, trainer
 from reftune.errors import RunError
 from reftune.orthonormal import is_orthonormal, orthonormalise
 from reftune.run import execute, load_adapter
@@ -215,14 +215,38 @@ def test_generation_waits_for_the_gpu_no_oftener_than_the_bare_model(
 
 
 def two_adapters() -> PeftModel:
-    model = reft()
-    model.add_adapter("other", config("direft", positions="f2+l1"))
+    model = reft(subspaces={"a": [0, 2], "b": [1, 3]})
+    model.add_adapter("other", config("loreft", positions="f2+l1"))
     return strong(model, seed=2)
+
+
+ON_THE_HOST: list[dict[str, Any]] = [
+    {"prompt_lengths": torch.tensor([4, 3])},
+    {"prompt_mask": torch.tensor([[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]])},
+    {"subspaces": ["a"]},
+    {"subspaces": [["a"], ["b"]]},
+]
+
+
+@pytest.mark.parametrize("told", ON_THE_HOST, ids=lambda told: next(iter(told)))
+def test_what_is_told_from_the_host_is_not_waited_for(told: dict[str, Any]) -> None:
+    model, inputs, bare = two_adapters().cuda().eval(), on_gpu(prompts()), tiny_llama().cuda()
+
+    def run() -> Tensor:
+        with options(**told):
+            return model(**inputs).logits
+
+    with torch.no_grad():
+        found, expected = run(), bare(**inputs).logits
+        assert not torch.equal(found, expected)
+        assert len(waits(run)) <= len(waits(lambda: bare(**inputs)))
 
 
 def test_a_batch_of_different_adapters_is_each_alone_and_waits_no_oftener() -> None:
     model, inputs, bare = two_adapters().cuda().eval(), on_gpu(prompts()), tiny_llama().cuda()
     names = ["other", "default"]
+    for layer in reft_layers(model).values():
+        layer.strength["other"] = 0.5
 
     def together() -> Tensor:
         return model(**inputs, adapter_names=names).logits

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from adapted_tiny import EOS, batch, config, logits, optimise, phis, prompts, strong, trainable
@@ -20,6 +20,7 @@ from reftune.quantised import Quantization, quantization_config
 from reftune.run import execute, load_adapter
 from reftune.settings import parse_config
 from runs import tiny_model_directory, tiny_run
+from tiny import tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -181,6 +182,24 @@ def test_weights_packed_for_inference_are_not_trained_on(tmp_path: Path) -> None
     with pytest.raises(ReftConfigError, match=r"layers.1.mlp.down_proj.*Load the model anew"):
         get_peft_model(quantised, config())
     get_peft_model(quantised, config(inference_mode=True))
+
+
+class Int4TilePackedTo4dTensor(torch.Tensor):
+    """A stand-in for torchao's type, whose product has no derivative."""
+
+
+def test_weights_whose_product_has_no_derivative_are_not_trained_on() -> None:
+    packed = tiny_llama()
+    linear = packed.model.layers[1].mlp.down_proj
+    linear.weight = nn.Parameter(
+        linear.weight.detach().as_subclass(Int4TilePackedTo4dTensor), requires_grad=False
+    )
+    with pytest.raises(ReftConfigError, match="layers.1.mlp.down_proj.weight is packed in 4 bits"):
+        get_peft_model(packed, config())
+    model = get_peft_model(packed, config(inference_mode=True))
+    with pytest.raises(ReftConfigError, match="is packed in 4 bits"):
+        model.add_adapter("other", config())
+    assert list(model.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("name", ["bnb-4bit", "bnb-8bit"])

@@ -1,5 +1,6 @@
 """What a forward with an adapter does besides the model's own work: counted, not timed."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reftune import METHODS, Intervention, ReftConfig, mixed
+from adapted_tiny import batch, reft, strong
+from reftune import METHODS, Intervention, ReftConfig, mixed, reft_layers
 from reftune.layer import ReftLayer
 from tiny import tiny_llama
 
@@ -198,3 +200,39 @@ def test_of_packed_sequences_with_known_ends_only_their_rows_are_computed(monkey
     model = adapted(config(positions="f1+l1"))
     assert largest(lambda: model(**packed(ends=True)), monkeypatch) == 2 * len(LENGTHS)
     assert largest(lambda: model(**packed(ends=False)), monkeypatch) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"prompt_lengths": torch.tensor([4, 3])},
+        {"subspaces": [["a"], ["b"]]},
+        {"adapter_names": ["other", "default"]},
+    ],
+    ids=lambda told: next(iter(told), "labels"),
+)
+def test_no_number_is_copied_to_the_device(
+    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy waits for the device: what a forward counts is made there (see `test_gpu.py`)."""
+    model = reft(subspaces={"a": [0, 2], "b": [1, 3]})
+    model.add_adapter("other", config(r=4, positions="all"))
+    strong(model).eval()
+    for layer in reft_layers(model).values():
+        layer.strength["other"] = 0.5
+    expected = model(**batch(), **told).loss
+
+    def made_here(name: str) -> Any:
+        make = getattr(torch, name)
+
+        def checked(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+            own = sys._getframe(1).f_globals["__name__"].startswith("reftune.")
+            assert device is None or not own, f"torch.{name}(..., device=...) copies and waits"
+            return make(*args, device=device, **kwargs)
+
+        return checked
+
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, made_here(name))
+    assert torch.equal(model(**batch(), **told).loss, expected)

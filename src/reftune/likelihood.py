@@ -24,6 +24,7 @@ from reftune.config import ReftConfig
 from reftune.context import options
 from reftune.decoding import evaluating, has_plain_cache, longest_first, require
 from reftune.errors import DataError
+from reftune.positions import on_device
 
 
 @final
@@ -153,7 +154,7 @@ class Scorer:
             logprobs_MV = F.log_softmax(logits_MV, dim=-1, dtype=self.dtype)
             greedy_M = logits_MV.argmax(-1)
             for i in wanted:
-                target_M = torch.tensor(pairs[i].continuation, device=logits_MV.device)
+                target_M = on_device(torch.tensor(pairs[i].continuation), logits_MV.device)
                 logprob = logprobs_MV.gather(-1, target_M[:, None]).sum()
                 answers.append(torch.stack([logprob.float(), (greedy_M == target_M).all().float()]))
                 indices.append(i)
@@ -180,7 +181,7 @@ class Scorer:
         Contexts are padded on the left, as generation does, so that windows of attention fit.
         """
         ids_BL, mask_BL = self._pad([c.ids for c in batch], "left")
-        prompted_B = torch.tensor([c.has_prompt for c in batch], device=mask_BL.device)
+        prompted_B = on_device(torch.tensor([c.has_prompt for c in batch]), mask_BL.device)
         prompt_BL = mask_BL & prompted_B[:, None]
         position_BL = (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self._config)
@@ -190,10 +191,10 @@ class Scorer:
                 1, input_ids=ids_BL, attention_mask=mask_BL, position_ids=position_BL, **common
             )
         rows = [(b, head, want) for b, c in enumerate(batch) for head, want in c.rows.items()]
-        of_R = torch.tensor([b for b, _, _ in rows], device=ids_BL.device)
+        of_R = on_device(torch.tensor([b for b, _, _ in rows]), ids_BL.device)
         ids_RM, real_RM = self._pad([head for _, head, _ in rows], "right")
         cache.batch_select_indices(of_R)
-        position_RM = position_BL[of_R, -1:] + 1 + torch.arange(ids_RM.shape[1]).to(of_R.device)
+        position_RM = position_BL[of_R, -1:] + 1 + torch.arange(ids_RM.shape[1], device=of_R.device)
         mask_RT = torch.cat([mask_BL[of_R], real_RM], dim=-1)
         with options(prompt_mask=prompt_BL[of_R]):
             logits_RMV = self._call(
@@ -224,8 +225,8 @@ class Scorer:
             real.append([*pad, *token] if side == "left" else [*token, *pad])
         device = self.model.device
         # The type is told, as there may be no token at all.
-        ids_RL = torch.tensor(ids, dtype=torch.long, device=device)
-        return ids_RL, torch.tensor(real, dtype=torch.bool, device=device)
+        ids_RL = on_device(torch.tensor(ids, dtype=torch.long), device)
+        return ids_RL, on_device(torch.tensor(real, dtype=torch.bool), device)
 
 
 def _gather(pairs: Sequence[Pair]) -> list[_Context]:

@@ -123,9 +123,13 @@ class Rows:
 
 
 def on_device(count: int | Tensor, device: torch.device) -> Tensor:
-    """Return a count as a tensor there, without waiting for the device as a plain copy would."""
+    """Return a count as a tensor there; on CUDA without waiting for it, as a plain copy would.
+
+    Elsewhere such a copy may read memory that is another's by then (MPS: pytorch#189690).
+    """
     if isinstance(count, Tensor):
-        return count.to(device, non_blocking=count.device.type == "cpu")
+        waits = count.device.type != "cpu" or device.type != "cuda"
+        return count.to(device, non_blocking=not waits)
     return torch.full((), count, dtype=torch.long, device=device)
 
 

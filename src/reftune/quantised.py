@@ -27,7 +27,7 @@ Quantization = Literal["bnb-4bit", "bnb-8bit", "torchao-int8", "torchao-int4"]
 
 _PACKAGES: Final[Mapping[str, str]] = {"bnb": "bitsandbytes", "torchao": "torchao"}
 _PACKS: Final = "support_avx512bf16_for_cpu"  # bitsandbytes' Linear4bit; read at each pass
-_PACKED_BY_TORCHAO: Final = "Int4TilePackedTo4dTensor"
+_PACKED_BY_TORCHAO: Final = "Int4"  # Int4TilePackedTo4dTensor, Int4Tensor, ...: how types begin
 _GROUP = 32  # weights that share a scale, of torchao's int4: divides the width of any model
 
 
@@ -82,14 +82,16 @@ def keep_unpacked(model: nn.Module) -> None:
 def check_trainable(model: nn.Module) -> None:
     """Raise ReftConfigError where no gradient passes a model's weights: torchao's packed int4.
 
-    torch has no derivative of their product (`aten::_weight_int4pack_mm`; torch 2.11).
+    Their products are kernels for inference without a derivative: torch's (`_weight_int4pack_mm`)
+    raises in the backward, of others' gradients a part would be missing and nothing said.
     """
     for name, weight in model.named_parameters():
-        if type(weight).__name__ == _PACKED_BY_TORCHAO:
+        if type(weight).__name__.startswith(_PACKED_BY_TORCHAO):
             raise ReftConfigError(
                 f"{name} is packed in 4 bits by torchao, through which no gradient passes: such a "
-                "model can be used with an adapter (inference_mode=True), and not train one. Load "
-                "it with quantization='bnb-4bit', 'bnb-8bit' or 'torchao-int8' to train."
+                "model can be used with an adapter (inference_mode=True), and not train one. To "
+                "train, quantise it by bitsandbytes or to torchao's int8 (quantization='bnb-4bit', "
+                "'bnb-8bit', 'torchao-int8')."
             )
 
 

@@ -165,7 +165,7 @@ class Span:
                 segments = segment_ids(ids, self.packed_ends)
         o, T = self.options, attended.shape[1]
         if o.prompt_mask is not None:
-            explicit = require_batch("prompt_mask", o.prompt_mask.to(device), B).bool()
+            explicit = require_batch("prompt_mask", on_device(o.prompt_mask, device), B).bool()
             return fit(explicit, T, "prompt_mask") & attended, attended, segments
         if o.prompt_lengths is not None:
             lengths = self._lengths(o.prompt_lengths, B, device)[:, None]

@@ -69,8 +69,8 @@ WRAPPED = (
 class PromptWatch:
     """Looks at what the forwards of a model are told, and remembers what it warned about.
 
-    On an accelerator the verdict on labels stays there and is read now and then, so that no forward
-    waits for it: an error may come up to 63 forwards late.
+    On an accelerator the verdict on labels stays there and is read in the forwards 1, 2, 4, ... and
+    every 64th, which wait for it: an error may come up to 63 forwards late.
     """
 
     base: nn.Module

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from reftune.config import ReftConfig
 from reftune.context import options
-from reftune.positions import side_lengths
+from reftune.positions import on_device, side_lengths
 from reftune.spans import current_span
 from reftune.speed.patch import forward_replaced
 
@@ -240,7 +240,7 @@ class Frozen:
         if states is not None:
             self.hits += 1
             hidden = pad_sequence([s.hidden for s in states], batch_first=True)
-            self._given = hidden.to(device, non_blocking=True)
+            self._given = on_device(hidden, device)
         if head_ids is not None:
             cache = (
                 self._run_heads(head_ids, head_mask, shared)
@@ -353,7 +353,7 @@ class Frozen:
         for row, (s, real) in enumerate(zip(states, mask.bool().cpu(), strict=True)):
             if s.keys is not None:
                 batch[row, :, :, real] = s.keys
-        batch = batch.to(mask.device, non_blocking=True)
+        batch = on_device(batch, mask.device)
         cache = DynamicCache()
         # The layers below are skipped; the first one is asked how long the sequence is.
         length_only = batch.new_zeros(1, 1, 1, 1).expand(B, 1, P, 1)
