@@ -36,10 +36,11 @@ def heldout_cross_entropy(
         # FSDP's shards are gathered into tensors that training goes on with
         with torch.no_grad() if is_sharded(model) else torch.inference_mode():
             for rows in _batches((data[i] for i in order), batch_size):
-                batch = {k: t.to(model.device) for k, t in collator(rows).items()}
-                n = int(_labelled(batch).sum())
+                collated = collator(rows)
+                n = int(_labelled(collated).sum())  # before a GPU has it
                 if n == 0:
                     continue
+                batch = {k: t.to(model.device) for k, t in collated.items()}
                 if loss is None:  # by the shortest examples, whose logits are the fewest
                     loss = labelled_loss if _agree(model, batch) else _own_loss
                 total += float(loss(model, batch)) * n
