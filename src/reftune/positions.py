@@ -122,15 +122,15 @@ class Rows:
         return flat.index_add(0, self.index.reshape(-1), edit).view_as(h_BSd)
 
 
-def on_device(count: int | Tensor, device: torch.device) -> Tensor:
-    """Return a count as a tensor there; on CUDA without waiting for it, as a plain copy would.
+def on_device(value: int | Tensor, device: torch.device) -> Tensor:
+    """Return a count, or a tensor, on a device; on CUDA without waiting for it, as a copy would.
 
     Elsewhere such a copy may read memory that is another's by then (MPS: pytorch#189690).
     """
-    if isinstance(count, Tensor):
-        waits = count.device.type != "cpu" or device.type != "cuda"
-        return count.to(device, non_blocking=not waits)
-    return torch.full((), count, dtype=torch.long, device=device)
+    if isinstance(value, Tensor):
+        from_host = value.device.type == "cpu" and device.type == "cuda"
+        return value.to(device, non_blocking=from_host)
+    return torch.full((), value, dtype=torch.long, device=device)
 
 
 def side_lengths(
