@@ -1,10 +1,8 @@
 """An encoder with a trained head, from a config to scores, predictions and a loadable adapter."""
 
 import json
-import os
 import re
 import shlex
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +20,7 @@ from adapted_tiny import config as reft_config
 from adapted_tiny import strong
 from architectures import ARCHITECTURES
 from reftune import classify
-from reftune.callbacks import Progress, last_checkpoint
+from reftune.callbacks import last_checkpoint
 from reftune.cells import changed_keys
 from reftune.encoder import Texts, collator, head_modules, load_classifier, model_config, predict
 from reftune.errors import DataError, ReftConfigError, RunError
@@ -31,6 +29,7 @@ from reftune.run import Silent, execute, load_adapter
 from reftune.settings import RunConfig, load_config, parse_config
 from reftune.tasks.glue import GLUE, Labelled
 from reftune.train import Selection, fit
+from runs import InterruptAt
 from tiny import tiny_tokenizer
 
 pytestmark = [
@@ -493,18 +492,6 @@ def test_the_epoch_is_chosen_on_one_part_and_scored_on_the_other(tmp_path: Path)
 
 
 # --- interrupted runs -----------------------------------------------------------------------------
-
-
-class InterruptAt(Silent):
-    """Press Ctrl-C when training reaches a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def training(self, progress: Progress) -> None:
-        if progress.step == self.step:
-            self.step = -1
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(

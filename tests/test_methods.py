@@ -1,8 +1,6 @@
 """Methods that are not ReFT, through the same runner: what is trained, kept and counted."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +11,17 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from reftune.callbacks import Progress
 from reftune.data import TokenDataset
 from reftune.errors import ReftConfigError, RunInterrupted
 from reftune.generate import HFEngine, Sampling
 from reftune.methods import BASELINES, PEFT_METHODS, as_base, count_parameters, settings_of
 from reftune.plots import read_log
-from reftune.run import Silent, execute, load_adapter
+from reftune.run import execute, load_adapter
 from reftune.settings import RunConfig, describe, parse_config
 from reftune.speed.plan import describe as seen_by_shortcuts
 from reftune.train import TrainSettings, shortcuts
 from reftune_cli import app
-from runs import tiny_run
+from runs import InterruptAt, tiny_run
 from tiny import tiny_llama, tiny_tokenizer
 
 pytestmark = [
@@ -68,16 +65,6 @@ def biased_llama() -> Any:
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         return model(torch.arange(3, 15)[None]).logits
-
-
-class InterruptAt(Silent):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def training(self, progress: Progress) -> None:
-        if progress.step == self.step:
-            self.step = -1
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("method", TRAINED)
