@@ -55,6 +55,10 @@ def prompts() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
 
 
+def on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cuda() for name, tensor in inputs.items()}
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     return model(**batch()).logits

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
-from adapted_tiny import batch, config, prompts, reft, strong
+from adapted_tiny import batch, config, on_gpu, prompts, reft, strong
 from reftune import options, reft_layers, trainer
 from reftune.errors import RunError
 from reftune.orthonormal import is_orthonormal, orthonormalise
@@ -139,10 +139,6 @@ def test_retraction_is_exact_where_products_are_rounded() -> None:
 
 
 # --- as the CPU has it, and without waiting -------------------------------------------------------
-
-
-def on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cuda() for name, tensor in inputs.items()}
 
 
 def waits(run: Callable[[], object]) -> list[str]:

@@ -12,7 +12,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from adapted_tiny import EOS, batch, config, logits, optimise, phis, prompts, strong, trainable
+from adapted_tiny import (
+    EOS,
+    batch,
+    config,
+    logits,
+    on_gpu,
+    optimise,
+    phis,
+    prompts,
+    strong,
+    trainable,
+)
 from reftune import add_reft, options
 from reftune.errors import ReftConfigError, RunError
 from reftune.models import load_model, own_device
@@ -318,11 +329,11 @@ def test_each_process_loads_to_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_on_a_gpu(name: Quantization, tmp_path: Path) -> None:
-    fresh = on_gpu(name, tmp_path)
+    fresh = loads_on_gpu(name, tmp_path)
     torch.manual_seed(0)
     model = get_peft_model(fresh(), config())
     assert {p.device.type for p in model.parameters()} == {"cuda"}
-    inputs = {k: v.cuda() for k, v in batch().items()}
+    inputs = on_gpu(batch())
     first = model(**inputs).loss.item()
     optimizer = torch.optim.AdamW(trainable(model).values(), 1e-2)
     for _ in range(8):
@@ -337,20 +348,19 @@ def test_on_a_gpu(name: Quantization, tmp_path: Path) -> None:
 @needs_torchao
 def test_packed_weights_are_used_on_a_gpu_and_not_trained_on(tmp_path: Path) -> None:
     """In bfloat16, which torchao's packed int4 asks for."""
-    fresh = on_gpu("torchao-int4", tmp_path)
+    fresh = loads_on_gpu("torchao-int4", tmp_path)
     with pytest.raises(ReftConfigError, match="no gradient passes.*bnb-4bit"):
         get_peft_model(fresh(), config())
     model = strong(get_peft_model(fresh(), config(inference_mode=True)))
+    inputs = on_gpu(batch())
     with torch.no_grad():
-        edited = model(**{k: v.cuda() for k, v in batch().items()}).logits
+        edited = model(**inputs).logits
         with model.disable_adapter():
-            assert not torch.equal(
-                model(**{k: v.cuda() for k, v in batch().items()}).logits, edited
-            )
+            assert not torch.equal(model(**inputs).logits, edited)
     check_saved_adapter(model, fresh, tmp_path)
 
 
-def on_gpu(name: Quantization, tmp_path: Path) -> Callable[[], Any]:
+def loads_on_gpu(name: Quantization, tmp_path: Path) -> Callable[[], Any]:
     """Return what loads the tiny model, quantised, to the GPU."""
     directory = str(tiny_model_directory(tmp_path))
     return lambda: load_model(directory, "bfloat16", quantization=name)[0].eval()
@@ -358,12 +368,12 @@ def on_gpu(name: Quantization, tmp_path: Path) -> Callable[[], Any]:
 
 def check_saved_adapter(model: Any, fresh: Callable[[], Any], tmp_path: Path) -> None:
     """Check that an adapter, saved and loaded onto a fresh base, does the same."""
-    inputs = {k: v.cuda() for k, v in batch().items()}
+    inputs = on_gpu(batch())
     model.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     loaded = PeftModel.from_pretrained(fresh(), tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
-    asked = {k: v.cuda() for k, v in prompts().items()}
+    asked = on_gpu(prompts())
     assert torch.equal(loaded.generate(**asked, **GREEDY), model.generate(**asked, **GREEDY))
 
 
@@ -388,7 +398,7 @@ def test_a_checkpoint_that_is_quantised_already(method: str, tmp_path: Path) -> 
     made.save_pretrained(tmp_path / method)
     tokenizer.save_pretrained(tmp_path / method)
     model = get_peft_model(load_model(str(tmp_path / method))[0].cuda(), config())
-    inputs = {k: v.cuda() for k, v in batch().items()}
+    inputs = on_gpu(batch())
     first = model(**inputs).loss.item()
     optimizer = torch.optim.AdamW(trainable(model).values(), 1e-2)
     for _ in range(8):

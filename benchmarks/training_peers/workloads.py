@@ -10,7 +10,7 @@
     F  SmolLM2-1.7B's shape, bf16                          as A; random weights, for GPUs
     E  MiniLM, fp32           MRPC pairs, batch 32         all layers, r 1, f3, trained head
 
-A, B, D and E are one pass over as many examples as the steps take; reftune's own sampler groups
+A, B, D, E and F are one pass over as many examples as the steps take; reftune's own sampler groups
 them by length, within fewer batches than it would have of a whole data set.
 """
 
